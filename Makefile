@@ -1,0 +1,73 @@
+# Every target makes the environment that it needs in .venv first, and leaves it alone the next time.
+# Stamp files say what is in it: .venv/.base (the package), .venv/.course (and JupyterLab), .venv/.dev (and the tests' tools).
+
+VENV := .venv
+BIN  := $(VENV)/bin
+# Notebooks and test files that run side by side.
+JOBS ?= 2
+
+
+# The first Python that is new enough; another one: make demo PYTHON=/path/to/python3
+ENOUGH  := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
+PYTHON  ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	$$p $(ENOUGH) 2>/dev/null && echo $$p && exit; done; echo python3)
+INSTALL := $(BIN)/python -m pip install -c constraints.txt
+FROM    := pyproject.toml constraints.txt
+
+# The real subsets: LDM_EDU_DATA_DIR where it is set, else ../shared/data where it is there.
+REAL_DATA := $(or $(LDM_EDU_DATA_DIR),$(wildcard ../shared/data))
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test test-real lab notebooks export clean
+
+help:  ## say what there is
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.base  ## sample the shipped model, train a small one for a minute, write demo.png
+	$(BIN)/ldm-edu demo
+
+test: $(VENV)/.dev  ## run all notebooks under profile ci on toy data, and tests/
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+test-real: $(VENV)/.dev  ## run all notebooks on the real CelebA and COCO subsets in LDM_EDU_DATA_DIR
+	@test -d "$(REAL_DATA)" || { echo "make test-real: no folder with real data. Set LDM_EDU_DATA_DIR to one" \
+		"with celeba/ and coco/ in it; data/README.md says how each is obtained." >&2; exit 1; }
+	set -e; data=$$(cd "$(REAL_DATA)" && pwd); for dataset in celeba coco; do \
+		LDM_EDU_DATASET=$$dataset LDM_EDU_DATA_DIR="$$data" \
+			$(BIN)/python -m pytest nbs -n $(JOBS) --dist loadfile --no-compare; done
+
+lab: $(VENV)/.course  ## open JupyterLab on the course
+	$(BIN)/jupyter lab nbs
+
+notebooks: $(VENV)/.dev  ## run all notebooks in place under profile laptop, then clean and export
+	LDM_EDU_STATIC=1 LDM_EDU_PROFILE=laptop LDM_EDU_DATASET=toy \
+		$(BIN)/jupyter nbconvert --to notebook --execute --inplace --coalesce-streams nbs/*.ipynb
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
+
+export: $(VENV)/.dev  ## write ldm_edu/*.py from the notebooks, and clean the notebooks
+	$(BIN)/nbdev-clean
+	$(BIN)/nbdev-export
+
+clean:  ## remove builds and caches (.venv, data/ and runs/ stay)
+	rm -rf build dist .pytest_cache .ruff_cache *.egg-info
+	find ldm_edu nbs tests . -maxdepth 1 \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+$(VENV)/.python:
+	@$(PYTHON) $(ENOUGH) 2>/dev/null || { echo "This needs Python 3.11 or newer, and '$(PYTHON)' is not:" \
+		"install one, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.base: $(FROM) | $(VENV)/.python
+	$(INSTALL) -e .
+	@touch $@
+
+$(VENV)/.course: $(FROM) | $(VENV)/.python
+	$(INSTALL) -e '.[course]'
+	@touch $@ $(VENV)/.base
+
+$(VENV)/.dev: $(FROM) | $(VENV)/.python
+	$(INSTALL) -e '.[dev]'
+	@touch $@ $(VENV)/.base $(VENV)/.course

@@ -1,0 +1,51 @@
+"""Latent diffusion, rebuilt from the paper up (Rombach et al. 2022): the parts of the course as a package."""
+
+__version__ = "0.1.0"
+
+from ldm_edu.autoencoder import AutoencoderKL, DiagonalGaussian, estimate_scale
+from ldm_edu.conditioning import Condition, TextConditioner
+from ldm_edu.data import COCO, CelebA, ImageFolder, ToyCOCO, open_dataset
+from ldm_edu.diffusion import GaussianMixture, NoiseSchedule, diffusion_loss
+from ldm_edu.guidance import Guidance, drop
+from ldm_edu.latent_diffusion import LatentDiffusion
+from ldm_edu.losses import FirstStageLoss
+from ldm_edu.metrics import psnr
+from ldm_edu.recipes import RECIPES, Recipe, find_recipe
+from ldm_edu.sampling import SeededNoise, Step, ddim, ddpm
+from ldm_edu.settings import CheckpointError, LDMError, load_settings, pick_device
+from ldm_edu.training import train
+from ldm_edu.unet import UNet
+
+__all__ = [
+    "COCO",
+    "RECIPES",
+    "AutoencoderKL",
+    "CelebA",
+    "CheckpointError",
+    "Condition",
+    "DiagonalGaussian",
+    "FirstStageLoss",
+    "GaussianMixture",
+    "Guidance",
+    "ImageFolder",
+    "LDMError",
+    "LatentDiffusion",
+    "NoiseSchedule",
+    "Recipe",
+    "SeededNoise",
+    "Step",
+    "TextConditioner",
+    "ToyCOCO",
+    "UNet",
+    "ddim",
+    "ddpm",
+    "diffusion_loss",
+    "drop",
+    "estimate_scale",
+    "find_recipe",
+    "load_settings",
+    "open_dataset",
+    "pick_device",
+    "psnr",
+    "train",
+]

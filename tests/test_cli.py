@@ -1,0 +1,66 @@
+"""The command line, as a user types it."""
+
+import pytest
+from typer.testing import CliRunner
+
+from ldm_edu.cli import app
+
+PROMPT = "a small red sphere left of a big blue cube"
+
+
+def run(*words):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_the_same_seed_gives_the_same_file(tmp_path):
+    for name in ("a.png", "b.png", "c.png"):
+        seed = 2 if name == "c.png" else 1
+        result = run("sample", PROMPT, "--seed", seed, "--steps", 3, "--device", "cpu", "--out", tmp_path / name)
+        assert result.exit_code == 0, result.output
+    a, b, c = ((tmp_path / name).read_bytes() for name in ("a.png", "b.png", "c.png"))
+    assert a == b != c
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["train", "toy-text2img"], "toy-text2image"),
+        (["train", "toy-demo", "--device", "tpu"], "cuda"),
+        (["train", "celeba64", "--data-dir", "nowhere/at/all"], "nowhere"),
+        (["sample", PROMPT, "--steps", "0"], "steps"),
+        (["sample", PROMPT, "--device", "tpu"], "cpu"),
+        (["sample", PROMPT, "--model", "nothing"], "toy-text2image"),
+        (["sample", PROMPT, "--sampler", "euler"], "ddim"),
+        (["sample", "a small red dgo"], "dgo"),
+        (["lab", "nowhere"], "nowhere"),
+    ],
+)
+def test_errors_are_one_line_and_nothing_is_written(words, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*words)
+    assert result.exit_code == 1
+    assert said in result.output and "Traceback" not in result.output
+    assert result.output.startswith("ldm-edu: ") and len(result.output.strip().splitlines()) == 1
+    assert not list(tmp_path.rglob("*.png")) and not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_an_unknown_profile_is_one_line(monkeypatch):
+    monkeypatch.setenv("LDM_EDU_PROFILE", "supercomputer")
+    result = run("sample", PROMPT)
+    assert result.exit_code == 1 and "laptop" in result.output
+
+
+def test_an_unconditional_run_on_real_faces(real_data, tmp_path):
+    """`celeba64` in miniature: both stages on the real subset, then samples without text."""
+    result = run("train", "celeba64", "--data-dir", real_data, "--out", tmp_path / "run", "--max-steps", 2, "--every", 1)
+    assert result.exit_code == 0, result.output
+    log = (tmp_path / "run" / "log.jsonl").read_text()
+    assert '"psnr"' in log and '"unseen"' in log
+    result = run("sample", "--model", tmp_path / "run" / "model", "--n", 2, "--steps", 2, "--out", tmp_path / "x.png")
+    assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize("command", ["demo", "lab", "recipes", "train", "sample"])
+def test_every_command_explains_itself(command):
+    result = run(command, "--help")
+    assert result.exit_code == 0 and "Usage" in result.output

@@ -1,0 +1,420 @@
+"""ldm_edu.diffusion: against diffusers, torch.distributions, autograd and quadrature, on random configurations."""
+
+import copy
+import json
+import math
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+
+from ldm_edu.diffusion import GaussianMixture, NoiseLevels, NoiseSchedule, diffusion_loss, log_joint, per_sample
+from ldm_edu.settings import LDMError
+
+SHAPES = [(), (3,), (2, 5), (3, 4, 4), (1, 2, 3, 2)]
+
+
+def rng(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def uniform(low: float, high: float, g: torch.Generator) -> float:
+    return low + (high - low) * torch.rand((), generator=g, dtype=torch.float64).item()
+
+
+def random_schedule(seed: int) -> NoiseSchedule:
+    "A schedule of 10 to 1000 levels, of usual strength: the shorter, the more noise a step adds."
+    g = rng(seed)
+    T = int(torch.randint(10, 1001, (), generator=g))
+    start, end = uniform(0.0005, 0.003, g) * 1000 / T, uniform(0.008, 0.02, g) * 1000 / T
+    return NoiseSchedule(T=T, beta_start=min(start, 0.2), beta_end=min(end, 0.6))
+
+
+def theirs(schedule: NoiseSchedule) -> DDPMScheduler:
+    return DDPMScheduler(
+        num_train_timesteps=schedule.T,
+        beta_start=schedule.beta_start,
+        beta_end=schedule.beta_end,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+    )
+
+
+def random_mixture(seed: int, shape: tuple[int, ...] = (2,)) -> GaussianMixture:
+    g = rng(seed)
+    k = int(torch.randint(1, 5, (), generator=g))
+    means = 1.5 * torch.randn(k, *shape, generator=g, dtype=torch.float64)
+    stds, weights = (0.1 + torch.rand(k, generator=g, dtype=torch.float64) for _ in range(2))
+    return GaussianMixture(means, stds, weights)
+
+
+def noised_batch(mixture: GaussianMixture, schedule: NoiseSchedule, n: int, seed: int):
+    g = rng(seed)
+    x0 = mixture.sample(n, g)
+    t = torch.randint(0, schedule.T, (n,), generator=g)
+    return x0, t, torch.randn(x0.shape, generator=g, dtype=x0.dtype)
+
+
+# the schedule
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_curves_are_those_of_diffusers(seed):
+    ours = random_schedule(seed)
+    other = theirs(ours)
+    torch.testing.assert_close(ours.betas.float(), other.betas, rtol=1e-5, atol=0)
+    torch.testing.assert_close(ours.alphas_cumprod.float(), other.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_curves_fit_each_other(seed):
+    s = random_schedule(seed)
+    for curve in (s.betas, s.alphas_cumprod, s.alpha, s.sigma, s.snr):
+        assert curve.dtype == torch.float64 and curve.shape == (s.T,)
+    torch.testing.assert_close(s.alpha**2 + s.sigma**2, torch.ones(s.T, dtype=torch.float64))
+    torch.testing.assert_close(s.snr, s.alpha**2 / s.sigma**2)
+    assert (s.snr.diff() < 0).all() and s.snr[-1] > 0
+
+
+def test_defaults_are_the_papers():
+    s = NoiseSchedule()
+    assert (s.T, s.prediction) == (1000, "epsilon")
+    assert s.betas[0].item() == pytest.approx(0.0015) and s.betas[-1].item() == pytest.approx(0.0195)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_q_sample_is_add_noise_of_diffusers(seed, shape):
+    s, g = random_schedule(seed), rng(seed)
+    x0, noise = torch.randn(2, 5, *shape, generator=g)
+    t = torch.randint(0, s.T, (5,), generator=g)
+    torch.testing.assert_close(s.q_sample(x0, t, noise), theirs(s).add_noise(x0, noise, t), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_x0_is_that_of_diffusers(seed):
+    s, g = random_schedule(seed), rng(seed)
+    x_t, prediction = torch.randn(2, 1, 3, 4, 4, generator=g)
+    t = int(torch.randint(0, s.T, (), generator=g))
+    expected = theirs(s).step(prediction, t, x_t, generator=g).pred_original_sample
+    x0, noise = s.x0_and_noise(prediction, x_t, torch.tensor([t]))
+    torch.testing.assert_close(x0, expected, rtol=1e-3, atol=1e-3)
+    assert torch.equal(noise, prediction)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_round_trip_at_every_level(shape):
+    s, g = random_schedule(1), rng(0)
+    x0, noise = torch.randn(2, s.T, *shape, generator=g, dtype=torch.float64)
+    t = torch.arange(s.T)
+    back = s.x0_and_noise(s.target(x0, noise, t), s.q_sample(x0, t, noise), t)
+    torch.testing.assert_close(back, (x0, noise))
+
+
+def test_two_levels_compose():
+    "Eq. 5 to 7, exactly: coefficients of a walk over s equal those of the direct way."
+    s = random_schedule(3)
+    low, high = s.T // 4, s.T - 1
+    alpha_ts = s.alpha[high] / s.alpha[low]
+    by_products = (1 - s.betas[low + 1 :]).sqrt().prod()
+    torch.testing.assert_close(alpha_ts, by_products)
+    variance = torch.zeros((), dtype=torch.float64)
+    for beta in s.betas[low + 1 :]:
+        variance = (1 - beta) * variance + beta
+    torch.testing.assert_close(s.sigma[high] ** 2 - alpha_ts**2 * s.sigma[low] ** 2, variance)
+
+
+def test_float32_follows_float64():
+    s = NoiseSchedule()
+    x0, noise = torch.randn(2, 1000, 3, generator=rng(0), dtype=torch.float64)
+    t = torch.arange(1000)
+    single = s.q_sample(x0.float(), t, noise.float())
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), s.q_sample(x0, t, noise), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_levels_may_be_of_either_integer_type(dtype):
+    s = NoiseSchedule()
+    t = torch.tensor([0, 999], dtype=dtype)
+    assert per_sample(s.alpha, t, torch.zeros(2, 3, 4)).shape == (2, 1, 1)
+
+
+def test_an_empty_batch_is_a_batch():
+    x, t = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
+    assert NoiseSchedule().q_sample(x, t, x).shape == (0, 3)
+
+
+def test_saved_and_copied_schedules_are_equal():
+    s = random_schedule(0)
+    s.alpha  # computed and kept: must not get in the way of comparing or pickling
+    assert NoiseSchedule(**json.loads(json.dumps(s.config))) == s
+    assert pickle.loads(pickle.dumps(s)) == s == copy.deepcopy(s)
+    assert s != NoiseSchedule() and len({s, copy.copy(s)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (dict(kind="linear"), "kind='linear'.*'scaled_linear'"),
+        (dict(kind=""), "kind"),
+        (dict(prediction="noise"), "prediction='noise'.*'epsilon'"),
+        (dict(T=0), "T=0"),
+        (dict(T=-5), "T=-5"),
+        (dict(beta_start=0.0), "beta_start=0.0"),
+        (dict(beta_start=-0.1), "beta_start"),
+        (dict(beta_end=1.0), "beta_end=1.0"),
+        (dict(beta_start=0.02, beta_end=0.01), "beta_start=0.02"),
+        (dict(beta_end=float("nan")), "beta_end"),
+    ],
+)
+def test_bad_arguments_are_named(arguments, named):
+    with pytest.raises(LDMError, match=named):
+        NoiseSchedule(**arguments)
+
+
+@pytest.mark.parametrize("t", [-1, 1000, 10_000])
+def test_levels_out_of_range_are_refused(t):
+    s, x = NoiseSchedule(), torch.zeros(2, 3)
+    for call in (s.q_sample, lambda x0, t, noise: s.x0_and_noise(x0, noise, t)):
+        with pytest.raises(LDMError, match=r"t must lie in \[0, 1000\)"):
+            call(x, torch.tensor([0, t]), x)
+
+
+@pytest.mark.parametrize(
+    ("t", "noise"),
+    [
+        (torch.tensor([1]), torch.zeros(2, 3)),  # one level for two samples would broadcast
+        (torch.tensor([1.0, 2.0]), torch.zeros(2, 3)),  # levels are integers
+        (torch.tensor([1, 2]), torch.zeros(1, 3)),  # one noise for two samples would broadcast
+        (torch.tensor([[1], [2]]), torch.zeros(2, 3)),
+    ],
+)
+def test_shapes_in_the_signatures_are_true(t, noise):
+    import jaxtyping
+
+    with pytest.raises(jaxtyping.TypeCheckError):
+        NoiseSchedule().q_sample(torch.zeros(2, 3), t, noise)
+
+
+def test_levels_without_predictions_are_a_class_of_their_own():
+    assert NoiseLevels(T=7).alpha.shape == (7,)
+    torch.testing.assert_close(NoiseLevels().snr, NoiseSchedule().snr)
+
+
+# the loss
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_is_the_mean_squared_error(seed, shape):
+    s, g = random_schedule(seed), rng(seed)
+    x0, noise = torch.randn(2, 6, *shape, generator=g)
+    t, seen = torch.randint(0, s.T, (6,), generator=g), []
+
+    def denoise(x_t, level, cond):
+        seen.append((x_t, level, cond))
+        return x_t.tanh()
+
+    loss = diffusion_loss(denoise, s, x0, t, noise, cond="told")
+    x_t = theirs(s).add_noise(x0, noise, t)
+    torch.testing.assert_close(loss, torch.nn.functional.mse_loss(x_t.tanh(), noise), rtol=1e-3, atol=1e-4)
+    assert len(seen) == 1 and torch.equal(seen[0][1], t) and seen[0][2] == "told"
+
+
+def test_loss_has_a_gradient():
+    s, scale = NoiseSchedule(), torch.zeros((), requires_grad=True)
+    x0, noise = torch.randn(2, 64, 3, generator=rng(0))
+    diffusion_loss(lambda x, t, c: scale * x, s, x0, torch.full((64,), 900), noise).backward()
+    assert scale.grad < -1  # at high levels the noise is nearly what is seen: a greater scale is better
+
+
+# the mixture
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("shape", [(1,), (3,), (2, 3)])
+def test_density_is_that_of_torch_distributions(seed, shape):
+    m = random_mixture(seed, shape)
+    stds = m.stds.reshape(-1, *[1] * len(shape)).expand_as(m.means)
+    other = MixtureSameFamily(Categorical(m.weights), Independent(Normal(m.means, stds), len(shape)))
+    x = torch.randn(20, *shape, generator=rng(seed), dtype=torch.float64)
+    torch.testing.assert_close(m.log_prob(x), other.log_prob(x))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_moments_of_samples(seed):
+    m = random_mixture(seed, (2, 2))
+    x = m.sample(100_000, rng(seed))
+    torch.testing.assert_close(x.mean(0), m.mean, atol=0.03, rtol=0)
+    torch.testing.assert_close(x.flatten(1).T.cov(), m.cov, atol=0.08, rtol=0)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_noised_mixture_is_what_q_sample_makes(seed):
+    m, s = random_mixture(seed), random_schedule(seed)
+    t, noise = s.T // 3, torch.randn(100_000, 2, generator=rng(1)).double()
+    x = s.q_sample(m.sample(100_000, rng(0)), torch.full((100_000,), t), noise)
+    there = m.noised(s, t)
+    torch.testing.assert_close(x.mean(0), there.mean, atol=0.03, rtol=0)
+    torch.testing.assert_close(x.T.cov(), there.cov, atol=0.08, rtol=0)
+
+
+def score_times_sigma(m, s, t, x):
+    x = x.clone().requires_grad_()
+    (score,) = torch.autograd.grad(m.noised(s, t).log_prob(x).sum(), x)
+    return -s.sigma[t] * score
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (3, 2, 2)])
+def test_perfect_denoiser_is_the_score(seed, shape):
+    m, s = random_mixture(seed, shape), random_schedule(seed)
+    for t in (0, s.T // 2, s.T - 1):
+        x = m.noised(s, t).sample(30, rng(seed))
+        torch.testing.assert_close(m.denoiser(s)(x, torch.full((30,), t)), score_times_sigma(m, s, t, x))
+
+
+def test_the_score_test_can_fail():
+    m, s = random_mixture(3), NoiseSchedule()
+    x, t = m.noised(s, 200).sample(30, rng(0)), torch.full((30,), 200)
+    for wrong in (-m.denoiser(s)(x, t), m.denoiser(s)(x, t + 20), GaussianMixture(m.means, m.stds).denoiser(s)(x, t)):
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(wrong, score_times_sigma(m, s, 200, x))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_perfect_denoiser_by_quadrature(seed):
+    "E[x0 | x_t] from Bayes' rule on a grid of x0: no formula of the Gaussian posterior in it."
+    m, s = random_mixture(seed, (1,)), random_schedule(seed)
+    grid = torch.linspace(-12, 12, 40_001, dtype=torch.float64)
+    prior = m.log_prob(grid[:, None])
+    for t in (s.T // 10, s.T // 2, s.T - 1):
+        for x in (-1.5, 0.2, 2.0):
+            share = (prior + Normal(s.alpha[t] * grid, s.sigma[t]).log_prob(torch.tensor(x))).softmax(0)
+            x_t, level = torch.tensor([[x]], dtype=torch.float64), torch.tensor([t])
+            x0, _ = s.x0_and_noise(m.denoiser(s)(x_t, level), x_t, level)
+            assert x0.item() == pytest.approx((share * grid).sum().item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_nothing_beats_the_perfect_denoiser(seed):
+    m, s = random_mixture(seed), random_schedule(seed)
+    batch, perfect = noised_batch(m, s, 50_000, seed), m.denoiser(s)
+    best = diffusion_loss(perfect, s, *batch)
+    others = [
+        lambda x, t, c: 0.95 * perfect(x, t),
+        lambda x, t, c: perfect(x, t) + 0.05,
+        lambda x, t, c: perfect(x, (t + s.T // 20).clamp(max=s.T - 1)),
+        GaussianMixture(m.means + 0.2, m.stds, m.weights).denoiser(s),
+    ]
+    for other in others:
+        apart = diffusion_loss(other, s, *batch) - best
+        assert apart > 0
+        x_t = s.q_sample(batch[0], batch[1], batch[2])
+        gap = (other(x_t, batch[1], None) - perfect(x_t, batch[1])).square().mean()
+        torch.testing.assert_close(apart, gap, rtol=0.2, atol=2e-3)  # the loss is the floor plus the distance
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_condition_replaces_the_weights_sample_by_sample(seed):
+    m, s, g = random_mixture(seed + 10), random_schedule(seed), rng(seed)
+    k = len(m.weights)
+    vector = torch.rand(12, k, generator=g, dtype=torch.float64)
+    x, t, _ = noised_batch(m, s, 12, seed)
+    together = m.denoiser(s)(x, t, SimpleNamespace(vector=vector))
+    for i in range(12):
+        alone = GaussianMixture(m.means, m.stds, vector[i]).denoiser(s)(x[i : i + 1], t[i : i + 1])
+        torch.testing.assert_close(together[i : i + 1], alone)
+    for nothing in (None, SimpleNamespace(vector=None), SimpleNamespace(context=vector)):
+        assert torch.equal(m.denoiser(s)(x, t, nothing), m.denoiser(s)(x, t))
+
+
+def test_one_hot_condition_is_one_gaussian():
+    "The regression line, and no nan from the logarithm of weight 0."
+    m, s = random_mixture(12), NoiseSchedule()
+    k = len(m.weights) - 1
+    x, t = torch.randn(9, 2, generator=rng(0), dtype=torch.float64), torch.arange(100, 1000, 100)
+    vector = torch.eye(k + 1, dtype=torch.float64)[[k]].expand(9, -1)
+    said, _ = s.x0_and_noise(m.denoiser(s)(x, t, SimpleNamespace(vector=vector)), x, t)
+    alpha, sigma = s.alpha[t][:, None], s.sigma[t][:, None]
+    line = m.means[k] + alpha * m.stds[k] ** 2 / (alpha**2 * m.stds[k] ** 2 + sigma**2) * (x - alpha * m.means[k])
+    torch.testing.assert_close(said, line)
+
+
+def test_points_are_remembered():
+    "Gaussians of width 0: at low levels the denoiser finds the very point."
+    points, s = torch.randn(6, 3, 8, 8, generator=rng(0)), NoiseSchedule()
+    t = torch.full((6,), 200)
+    noise = torch.randn(points.shape, generator=rng(1))
+    x_t = s.q_sample(points, t, noise)
+    x0, eps = s.x0_and_noise(GaussianMixture(points, torch.zeros(6)).denoiser(s)(x_t, t), x_t, t)
+    torch.testing.assert_close(x0, points, atol=1e-4, rtol=0)
+    torch.testing.assert_close(eps, noise, atol=1e-4, rtol=0)
+
+
+def test_far_away_and_nearly_clean_stays_finite():
+    m, s = random_mixture(1), NoiseSchedule()
+    far = torch.full((2, 2), 1e4)
+    assert m.denoiser(s)(far, torch.tensor([0, 999])).isfinite().all()
+    assert m.log_prob(far).isfinite().all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mixture_float32_follows_float64(seed):
+    m, s = random_mixture(seed), NoiseSchedule()
+    x, t, _ = noised_batch(m, s, 200, seed)
+    single = m.denoiser(s)(x.float(), t)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), m.denoiser(s)(x, t), atol=1e-3, rtol=1e-3)
+
+
+def test_sampling_repeats_with_its_generator():
+    m = random_mixture(0)
+    assert torch.equal(m.sample(5, rng(3)), m.sample(5, rng(3)))
+    assert not torch.equal(m.sample(5, rng(3)), m.sample(5, rng(4)))
+
+
+@pytest.mark.parametrize(
+    ("stds", "weights", "named"),
+    [
+        ([1.0], None, "2 means, 1 stds"),
+        ([1.0, 1.0], [1.0], "1 weights"),
+        ([1.0, -1.0], None, "negative"),
+        ([1.0, 1.0], [1.0, -1.0], "negative"),
+        ([1.0, 1.0], [0.0, 0.0], "positive"),
+    ],
+)
+def test_bad_mixtures_are_refused(stds, weights, named):
+    import jaxtyping
+
+    weights = None if weights is None else torch.tensor(weights)
+    with pytest.raises((LDMError, jaxtyping.TypeCheckError)):  # with shapes checked, lengths are caught by them
+        GaussianMixture(torch.zeros(2, 3), torch.tensor(stds), weights)
+
+
+def test_weights_need_not_sum_to_one():
+    m = GaussianMixture(torch.zeros(2, 1), torch.ones(2), torch.tensor([3.0, 1.0]))
+    torch.testing.assert_close(m.weights, torch.tensor([0.75, 0.25]))
+    assert GaussianMixture(torch.zeros(4, 1), torch.ones(4)).weights.tolist() == [0.25] * 4
+
+
+def test_log_joint_is_normalised():
+    m = random_mixture(0, (1,))
+    x = torch.linspace(-12, 12, 20_001, dtype=torch.float64)[:, None]
+    area = log_joint(x, m.means, m.stds**2, m.weights).exp().sum() * (x[1, 0] - x[0, 0])
+    assert area.item() == pytest.approx(1, abs=1e-6)
+
+
+def test_floor_of_one_gaussian():
+    s, width, t = NoiseSchedule(), 0.7, 400
+    bell = GaussianMixture(torch.zeros(1, 2).double(), torch.tensor([width]).double())
+    x0 = bell.sample(200_000, rng(0))
+    noise = torch.randn(x0.shape, generator=rng(1)).double()
+    floor = diffusion_loss(bell.denoiser(s), s, x0, torch.full((len(x0),), t), noise)
+    power = (s.alpha[t].item() * width) ** 2
+    assert floor.item() == pytest.approx(power / (power + s.sigma[t].item() ** 2), abs=0.01)
+    assert math.isfinite(floor)

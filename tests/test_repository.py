@@ -1,0 +1,182 @@
+"""The repository keeps its promises: its files agree, and the notebooks are the source of the package."""
+
+import ast
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).resolve().parents[1]
+NBS = ROOT / "nbs"
+LESSONS = sorted(p for p in NBS.glob("*.ipynb") if p.stem[:2].isdigit())
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+def read(path: Path) -> list[dict]:
+    """The cells of a notebook, the source of each as one string."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in cells]
+
+
+def code(path: Path) -> list[dict]:
+    """The code cells of a notebook."""
+    return [cell for cell in read(path) if cell["cell_type"] == "code"]
+
+
+# --- The files that say what is installed ---
+
+
+def requirements() -> list[Requirement]:
+    project = PYPROJECT["project"]
+    lines = project["dependencies"] + sum(project["optional-dependencies"].values(), [])
+    return [r for r in map(Requirement, lines) if canonicalize_name(r.name) != "ldm-edu"]
+
+
+def pins() -> dict[str, str]:
+    """Name to version, from constraints.txt; every line of it must be an exact pin."""
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    lines = [line for line in lines if line.strip() and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.-]+==[\w.!-]+", line) for line in lines), "constraints.txt: only NAME==VERSION"
+    names = [canonicalize_name(line.split("==")[0]) for line in lines]
+    assert len(set(names)) == len(names), "constraints.txt names a package twice"
+    return dict(zip(names, (line.split("==")[1] for line in lines)))
+
+
+def test_constraints_pin_every_requirement_within_its_bounds():
+    pinned = pins()
+    for requirement in requirements():
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"constraints.txt does not pin {name}"
+        assert pinned[name] in requirement.specifier, (
+            f"constraints.txt has {name} {pinned[name]}, against {requirement}"
+        )
+
+
+def test_constraints_hold_on_every_system():
+    linux_only = [name for name in pins() if re.match(r"(nvidia|cuda)-|triton$", name)]
+    assert not linux_only, "torch pins these itself, and no other system has them"
+
+
+def test_every_requirement_has_a_lower_bound():
+    assert not [str(r) for r in requirements() if not any(s.operator in (">=", "~=") for s in r.specifier)]
+
+
+def test_python_versions_agree():
+    least = PYPROJECT["project"]["requires-python"].removeprefix(">=")
+    assert PYPROJECT["tool"]["ruff"]["target-version"] == "py" + least.replace(".", "")
+    assert f"python={least}\n" in (ROOT / "environment.yml").read_text(encoding="utf-8")
+    assert str(tuple(map(int, least.split(".")))) in (ROOT / "Makefile").read_text(encoding="utf-8")
+
+
+def test_conda_installs_what_pip_installs():
+    lines = [line.strip() for line in (ROOT / "environment.yml").read_text(encoding="utf-8").splitlines()]
+    assert "- -c constraints.txt" in lines and "- -e .[dev]" in lines
+
+
+def test_citation_and_package_agree():
+    from ldm_edu import __version__
+
+    text = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {__version__}\n" in text
+    assert f"\nlicense: {PYPROJECT['project']['license']}\n" in text
+
+
+# --- The notebooks ---
+
+
+def exported_to() -> dict[str, Path]:
+    """Module name to the notebook that exports it."""
+    found = {}
+    for path in LESSONS:
+        if match := re.search(r"^#\|\s*default_exp:?\s+(\S+)", "\n".join(c["source"] for c in code(path)), re.M):
+            assert match[1] not in found, f"{path.name} and {found[match[1]].name} both export to {match[1]}"
+            found[match[1]] = path
+    return found
+
+
+def names_of(module: str) -> list[str]:
+    """`__all__` of an exported module, read, not imported."""
+    for node in ast.parse((ROOT / "ldm_edu" / f"{module}.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
+def imported(source: str) -> set[str]:
+    """The modules of ldm_edu that a cell imports from; a name of the front door counts for the module it lives in."""
+    plain = re.sub(r"^(\s*)[%!].*", r"\1pass", source, flags=re.M)  # shell lines and magics are not Python
+    modules = set()
+    for node in ast.walk(ast.parse(plain)):
+        if isinstance(node, ast.Import):
+            modules |= {a.name.split(".")[1] for a in node.names if a.name.startswith("ldm_edu.")}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ldm_edu":
+            inner = node.module.split(".")[1:2]
+            modules |= set(inner) or {home(a.name) for a in node.names} - {None}
+    return modules
+
+
+def home(name: str) -> str | None:
+    """The module that a name of the front door comes from."""
+    return name if name in exported_to() else next((m for m in exported_to() if name in names_of(m)), None)
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_a_notebook_imports_only_from_notebooks_before_it(path):
+    source = exported_to()
+    for module in set().union(*(imported(cell["source"]) for cell in code(path))):
+        assert module in source, f"{path.name} imports ldm_edu.{module}, which no notebook exports"
+        assert source[module].name < path.name, f"{path.name} imports from {source[module].name}, which comes later"
+
+
+def test_the_index_names_every_notebook():
+    text = "\n".join(cell["source"] for cell in read(NBS / "index.ipynb"))
+    assert not [path.name for path in LESSONS if path.stem not in text]
+
+
+@pytest.mark.parametrize("path", [*LESSONS, NBS / "index.ipynb"], ids=lambda p: p.stem)
+def test_a_notebook_is_committed_as_a_clean_run_left_it(path):
+    cells = code(path)
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert outputs or len(cells) <= 3, "no outputs: run it top to bottom and save"
+    assert not [o["evalue"] for o in outputs if o["output_type"] == "error"], "an error is committed"
+    assert not ["".join(o["text"]) for o in outputs if o.get("name") == "stderr"], "warnings are committed"
+    kinds = {kind for output in outputs for kind in output.get("data", {})}
+    assert "application/vnd.jupyter.widget-view+json" not in kinds, "a widget without its state: LDM_EDU_STATIC=1"
+    assert path.stat().st_size <= 1.5 * 2**20, "over 1.5 MB"
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
+def test_checked_outputs_are_text(path):
+    for cell in code(path):
+        if re.search(r"^\s*#\s*NBVAL_CHECK_OUTPUT\s*$", cell["source"], re.M):
+            assert cell["outputs"], "NBVAL_CHECK_OUTPUT on a cell without output"
+            assert "image/png" not in {kind for o in cell["outputs"] for kind in o.get("data", {})}, (
+                "a picture is checked"
+            )
+
+
+def test_notebooks_are_clean_and_the_package_is_what_they_export(tmp_path):
+    for name in ("nbs", "ldm_edu"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("pretrained", "__pycache__", ".*"))
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    for path in (tmp_path / "ldm_edu").glob("*.py"):  # what no notebook writes any more must not survive unseen
+        if path.name != "__init__.py":
+            path.unlink()
+    script = "from nbdev.clean import *; from nbdev.doclinks import *; nbdev_clean(); nbdev_export()"
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, timeout=300)
+
+    def contents(folder: Path) -> dict[str, bytes]:
+        files = [*folder.glob("nbs/**/*.ipynb"), *folder.glob("nbs/llms.txt"), *folder.glob("ldm_edu/*.py")]
+        visible = [p for p in files if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
+        return {p.relative_to(folder).as_posix(): p.read_bytes().replace(b"\r\n", b"\n") for p in visible}
+
+    here, there = contents(ROOT), contents(tmp_path)
+    stale = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    assert not stale, f"run `make export` and commit: {', '.join(stale)}"

@@ -1,0 +1,79 @@
+"""The checkpoints that the package ships: what the README promises of them."""
+
+import json
+
+import pytest
+import torch
+
+from ldm_edu import LatentDiffusion, ToyCOCO, psnr
+from ldm_edu.data import collate
+from ldm_edu.recipes import find_recipe, recipe_from_dict
+from ldm_edu.settings import PRETRAINED
+
+NAME = "toy-text2image"
+
+
+@pytest.fixture(scope="module")
+def model() -> LatentDiffusion:
+    return LatentDiffusion.from_pretrained(NAME)
+
+
+def test_unseen_scenes_come_back(model):
+    scenes = ToyCOCO("test", length=256)
+    x = collate(scenes.__getitems__(range(256)))["image"]
+    with torch.no_grad():
+        back = torch.cat([model.first_stage.reconstruct(part) for part in x.split(64)])
+    assert psnr(back, x).mean() >= 30  # f = 8
+
+
+def test_latents_have_unit_standard_deviation(model):
+    x = collate(ToyCOCO("test", length=256).__getitems__(range(256)))["image"]
+    with torch.no_grad():
+        noise = torch.randn(256, *model.latent_shape)
+        z = torch.cat([model.first_stage.encode(*pair) for pair in zip(x.split(64), noise.split(64))])
+    assert abs(z.std() - 1) < 0.05
+
+
+def test_the_model_predicts_noise_better_with_its_caption(model):
+    """On unseen scenes, at middle noise levels: right captions help, wrong ones hurt."""
+    from ldm_edu.diffusion import diffusion_loss
+
+    batch = collate(ToyCOCO("test", length=128).__getitems__(range(128)))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        z = model.first_stage.encode(batch["image"])
+        noise = torch.randn(z.shape, generator=generator)
+        t = torch.randint(300, 900, (128,), generator=generator)
+        right = model.conditioner(batch)
+        conds = {"right": right, "none": model.conditioner.null(128), "wrong": right[torch.arange(127, -1, -1)]}
+        losses = {name: diffusion_loss(model.unet, model.schedule, z, t, noise, c).item() for name, c in conds.items()}
+    assert losses["right"] < losses["none"] < losses["wrong"]
+
+
+def mean_colour(images: torch.Tensor) -> torch.Tensor:
+    "How far the pictures lean towards red, green and blue, each against the grey of its pixels, (b, 3)."
+    return (images - images.mean(1, keepdim=True)).mean((2, 3))
+
+
+def test_a_colour_that_is_asked_for_is_drawn(model):
+    prompts = [f"a big {colour} sphere" for colour in ("red", "green", "blue") for _ in range(6)]
+    lean = mean_colour(model.sample(prompts, steps=25)).view(3, 6, 3)
+    empty = mean_colour(collate(ToyCOCO("test", length=64).__getitems__(range(64)))["image"]).mean(0)
+    drawn = (lean.mean(1) - empty).argmax(1)
+    assert drawn.tolist() == [0, 1, 2]
+
+
+def test_it_says_how_it_was_made_and_by_a_recipe_that_exists(model):
+    recipe = recipe_from_dict(model.made["recipe"])
+    assert recipe == find_recipe(NAME)
+    for stage in ("first_stage", "diffusion"):
+        assert {"steps", "seconds", "device"} <= set(model.made[stage])
+        assert model.made[stage]["steps"] == getattr(recipe, stage).training.steps
+
+
+def test_it_is_small():
+    files = [p for p in PRETRAINED.rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) < 40e6
+    assert {p.suffix for p in files} <= {".json", ".safetensors"}
+    for path in PRETRAINED.rglob("config.json"):
+        json.loads(path.read_text())
