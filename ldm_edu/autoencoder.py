@@ -89,21 +89,27 @@ class Middle(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return self.block_2(self.attn_1(self.block_1(x)))
 
-# %% ../nbs/04_autoencoder.ipynb #c6237396
+# %% ../nbs/04_autoencoder.ipynb #69c2841f
 class Level(nn.Module):
     "Blocks at one resolution, then a change of size (or none)."
 
-    def __init__(self, widths: list[int], resize: nn.Module | None, groups: int = 32):
+    def __init__(
+        self,
+        widths: list[int],  # channels before the first block and after each
+        downsample: nn.Module | None = None,
+        upsample: nn.Module | None = None,
+        groups: int = 32,
+    ):
         super().__init__()
         self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:]))
-        self.resize = resize or nn.Identity()
+        self.downsample, self.upsample = downsample, upsample
 
     def forward(self, x: Float[Tensor, "b c_in h w"]) -> Float[Tensor, "b c_out h2 w2"]:
-        for block in self.block:
-            x = block(x)
-        return self.resize(x)
+        for layer in (*self.block, self.downsample, self.upsample):
+            x = x if layer is None else layer(x)
+        return x
 
-# %% ../nbs/04_autoencoder.ipynb #cd0a3249
+# %% ../nbs/04_autoencoder.ipynb #4ffe48d7
 class Encoder(nn.Module):
     "Pictures `(b, 3, h, w)` to features `(b, c_out, h/f, w/f)` with f = 2^(levels − 1) (§ 3.1)."
 
@@ -121,7 +127,7 @@ class Encoder(nn.Module):
         last = len(multipliers) - 1
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         self.down = nn.ModuleList(
-            Level([a] + [b] * blocks, Downsample(b) if i < last else None, groups)
+            Level([a] + [b] * blocks, downsample=Downsample(b) if i < last else None, groups=groups)
             for i, (a, b) in enumerate(zip(widths, widths[1:]))
         )
         self.mid = Middle(widths[-1], attention, groups)
@@ -133,7 +139,7 @@ class Encoder(nn.Module):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
-# %% ../nbs/04_autoencoder.ipynb #74199c66
+# %% ../nbs/04_autoencoder.ipynb #6cf4aa6b
 class Decoder(nn.Module):
     "Latents `(b, c_in, h/f, w/f)` to pictures `(b, 3, h, w)` (§ 3.1)."
 
@@ -151,7 +157,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(c_in, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], attention, groups)
         self.up = nn.ModuleList(
-            Level([b] + [a] * (blocks + 1), Upsample(a) if i else None, groups)
+            Level([b] + [a] * (blocks + 1), upsample=Upsample(a) if i else None, groups=groups)
             for i, (a, b) in enumerate(zip(widths, widths[1:]))
         )
         self.norm_out, self.conv_out = (
@@ -165,7 +171,7 @@ class Decoder(nn.Module):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
-# %% ../nbs/04_autoencoder.ipynb #c156b961
+# %% ../nbs/04_autoencoder.ipynb #f1e186c9
 class DiagonalGaussian:
     "One independent Gaussian for each latent number, by its mean and log-variance, both `(b, c, h, w)`."
 
@@ -184,7 +190,7 @@ class DiagonalGaussian:
         return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
 
     def kl(self) -> Float[Tensor, " b"]:
-        "KL divergence from N(0, I) in nats, summed over all latent numbers of a picture (app. G)."
+        "KL divergence from N(0, I) in nats, summed over all latent numbers of a picture (named in app. G)."
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
 
 # %% ../nbs/04_autoencoder.ipynb #dc6eee1c

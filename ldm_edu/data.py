@@ -13,8 +13,8 @@ __all__ = ['COLOURS', 'SHAPES', 'SIZES', 'EYE', 'TARGET', 'FIELD', 'INF', 'CUBE'
            'split_by_name', 'find_folder', 'ImageFolder', 'read_attributes', 'read_partition', 'CelebA',
            'read_captions', 'coco_split', 'COCO', 'open_dataset']
 
-# %% ../nbs/02_data.ipynb #4225af16
-import itertools, json, zlib
+# %% ../nbs/02_data.ipynb #fc268640
+import json, zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace

@@ -25,7 +25,7 @@ from .unet import UNet
 # %% ../nbs/13_latent_diffusion.ipynb #dc8b49c2
 PARTS = {"first_stage": AutoencoderKL, "unet": UNet, "conditioner": TextConditioner}  # folders of a checkpoint
 
-# %% ../nbs/13_latent_diffusion.ipynb #fb481a28
+# %% ../nbs/13_latent_diffusion.ipynb #ac07bba2
 class LatentDiffusion(nn.Module):
     "A latent diffusion model: first stage, UNet, schedule, and a conditioner where it is told what to draw (§ 3)."
 
@@ -39,6 +39,12 @@ class LatentDiffusion(nn.Module):
         made: dict[str, Any] | None = None,  # recipe, steps, seconds, device, scores
     ):
         super().__init__()
+        if size % first_stage.f:
+            raise LDMError(f"size={size} is no multiple of first_stage's f = {first_stage.f}")
+        if (unet.context_dim is None) != (conditioner is None):
+            raise LDMError(
+                f"unet has context_dim={unet.context_dim}, so conditioner must be there exactly if that is not None"
+            )
         if unet.in_channels != first_stage.latent_channels:
             raise LDMError(
                 f"unet takes {unet.in_channels} channels, but first_stage's latents have {first_stage.latent_channels}"
@@ -81,6 +87,8 @@ class LatentDiffusion(nn.Module):
         if prompts is None or isinstance(prompts, str):
             n = 1 if n is None else n
             prompts = prompts if prompts is None else [prompts] * n
+        elif not len(prompts):
+            raise LDMError("prompts: an empty list; ask for at least one picture")
         elif n not in (None, len(prompts)):
             raise LDMError(f"n={n}, but there are {len(prompts)} prompts: n goes with one prompt, or with none")
         count = n if prompts is None else len(prompts)

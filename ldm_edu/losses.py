@@ -12,24 +12,24 @@ from torch import Tensor
 from .autoencoder import DiagonalGaussian
 from .settings import LDMError
 
-# %% ../nbs/05_losses.ipynb #9e92c5a7
+# %% ../nbs/05_losses.ipynb #f7bf8320
 def reconstruction_loss(
     x: Float[Tensor, "b c h w"],  # pictures
     reconstruction: Float[Tensor, "b c h w"],  # what came back
     l2_weight: float = 0.0,  # how much of the squared distance is added
 ) -> Float[Tensor, ""]:
-    "L1 distance, and `l2_weight` × squared distance, summed over a picture, averaged over the batch (app. G)."
+    "L1 + `l2_weight` × squared distance: sum over a picture, mean over the batch (as in the released code)."
     error = (x - reconstruction).abs()
     return (error + l2_weight * error**2).sum(dim=(1, 2, 3)).mean()
 
-# %% ../nbs/05_losses.ipynb #d1c8f711
+# %% ../nbs/05_losses.ipynb #2e545053
 def kl_loss(posterior: DiagonalGaussian) -> Float[Tensor, ""]:
-    "KL divergence from N(0, I) in nats, summed over the latent, averaged over the batch (app. G)."
+    "KL divergence from N(0, I) in nats (app. G), summed over the latent, averaged over the batch."
     return posterior.kl().mean()
 
-# %% ../nbs/05_losses.ipynb #d0ac83bb
+# %% ../nbs/05_losses.ipynb #0ec795c3
 class FirstStageLoss:
-    "Reconstruction + `kl_weight` × KL, both summed over a picture and averaged over the batch (§ 3.1, app. G)."
+    "Reconstruction + `kl_weight` × KL, summed over a picture, averaged over the batch (§ 3.1, app. G)."
 
     def __init__(
         self,

@@ -14,7 +14,7 @@ from typing import Any
 
 from .settings import LDMError
 
-# %% ../nbs/14_recipes.ipynb #35cab68b
+# %% ../nbs/14_recipes.ipynb #0737c206
 @dataclass(frozen=True)
 class Training:
     "How one stage is trained."
@@ -23,7 +23,7 @@ class Training:
     batch_size: int  # samples a step, over all processes
     lr: float  # learning rate after the warm-up; never scaled silently
     warmup: int = 100  # steps over which the learning rate rises from 0
-    decay: bool = True  # does the learning rate fall to 0 along a cosine afterwards? (the paper keeps it constant)
+    decay: bool = True  # does the learning rate fall to 0 along half a cosine? (the paper's tables give one number)
     ema: float = 0.999  # d, how much of the moving average is kept at a step
     clip: float = 1.0  # largest norm of all gradients together
     weight_decay: float = 0.0  # AdamW's
@@ -35,7 +35,7 @@ class Training:
         if not 0 <= self.ema < 1:
             raise LDMError(f"ema={self.ema} must lie in [0, 1)")
 
-# %% ../nbs/14_recipes.ipynb #a1996f8d
+# %% ../nbs/14_recipes.ipynb #5ba982d0
 @dataclass(frozen=True)
 class FirstStageRecipe:
     "The autoencoder and its loss (§ 3.1, app. G)."
@@ -47,7 +47,7 @@ class FirstStageRecipe:
     latent_channels: int = 4  # c
     attention: bool = True  # in the middle
     groups: int = 8  # of every GroupNorm; 32 in the paper's wide networks
-    kl_weight: float = 1e-6  # λ, on sums (app. G)
+    kl_weight: float = 1e-6  # λ (app. G), on sums (released code)
     l2_weight: float = 5.0  # λ₂ of the squared distance, beside L1; see 05_losses
 
 
@@ -57,7 +57,7 @@ class TextRecipe:
 
     length: int = 24  # words a caption; 77 tokens in the paper
     dim: int = 128  # width; 1280 in the paper
-    depth: int = 3  # layers; 32 in the paper
+    depth: int = 2  # layers; 32 in the paper
     heads: int = 4  # attention heads
 
 
@@ -100,7 +100,7 @@ class Recipe:
             diffusion=replace(second, training=replace(second.training, steps=min(steps, second.training.steps))),
         )
 
-# %% ../nbs/14_recipes.ipynb #8a0b9782
+# %% ../nbs/14_recipes.ipynb #274b8b42
 TOY_TEXT2IMAGE = Recipe(
     name="toy-text2image",
     about="captions of drawn scenes to pictures of 64², the model that ships with the package",
@@ -109,23 +109,23 @@ TOY_TEXT2IMAGE = Recipe(
     images=20_000,
     first_stage=FirstStageRecipe(training=Training(steps=8000, batch_size=8, lr=2e-3, ema=0.998)),
     diffusion=DiffusionRecipe(
-        training=Training(steps=15_000, batch_size=64, lr=1e-3, warmup=300),
+        training=Training(steps=9000, batch_size=64, lr=1e-3, warmup=300),
         blocks=1,
         text=TextRecipe(),
     ),
 )
 
-# %% ../nbs/14_recipes.ipynb #c2ac69b1
+# %% ../nbs/14_recipes.ipynb #44773603
 CELEBA64 = Recipe(
     name="celeba64",
     about="faces of 64² without text, from your own copy of CelebA",
     dataset="celeba",
     size=64,
     first_stage=FirstStageRecipe(training=Training(steps=8000, batch_size=8, lr=2e-3, ema=0.998)),
-    diffusion=DiffusionRecipe(training=Training(steps=15_000, batch_size=64, lr=1e-3, warmup=300), blocks=1),
+    diffusion=DiffusionRecipe(training=Training(steps=9000, batch_size=64, lr=1e-3, warmup=300), blocks=1),
 )
 
-# %% ../nbs/14_recipes.ipynb #389ddc99
+# %% ../nbs/14_recipes.ipynb #ded9579c
 TOY_DEMO = Recipe(
     name="toy-demo",
     about="the same at 32² in about a minute: both stages from scratch",
@@ -143,7 +143,7 @@ TOY_DEMO = Recipe(
         channels=64,
         multipliers=(1, 2),
         blocks=1,
-        text=TextRecipe(dim=64, depth=2),
+        text=TextRecipe(dim=64),
     ),
 )
 

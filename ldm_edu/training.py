@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['permutation', 'order', 'draws', 'learning_rate', 'EMA', 'FirstStageTask', 'DiffusionTask', 'pack', 'unpack',
-           'make_accelerator', 'Run', 'run_stage', 'move', 'show_terms', 'Pictures', 'remember', 'kept', 'encode_all',
-           'open_run', 'train_first_stage', 'made', 'train_diffusion', 'train']
+           'make_accelerator', 'Run', 'to_device', 'optimise', 'run_stage', 'Pictures', 'remember', 'kept',
+           'encode_all', 'open_run', 'check_fit', 'train_first_stage', 'made', 'train_diffusion', 'train']
 
-# %% ../nbs/15_training.ipynb #73c50f37
+# %% ../nbs/15_training.ipynb #a7a2c2bf
 import copy
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from .metrics import psnr
 from .recipes import FirstStageRecipe, Recipe, Training, recipe_from_dict, recipe_to_dict
 from ldm_edu.settings import (
     LDMError,
+    atomic,
     load_json,
     load_tensors,
     pick_device,
@@ -81,9 +83,9 @@ def draws(
     )
     return {"t": t, "u": u, "noise": noise, "latent_noise": latent_noise}
 
-# %% ../nbs/15_training.ipynb #638e5298
+# %% ../nbs/15_training.ipynb #704cf8fa
 def learning_rate(training: Training, step: int) -> float:
-    "The learning rate at a step: linear warm-up, then constant or falling to 0 along a cosine."
+    "The learning rate at a step: a linear warm-up times half a cosine (or a constant)."
     rise = min(1.0, (step + 1) / max(1, training.warmup))
     fall = 0.5 * (1 + math.cos(math.pi * step / training.steps)) if training.decay else 1.0
     return training.lr * rise * fall
@@ -171,7 +173,7 @@ def unpack(
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(tensors["step"]), float(tensors["seconds"])
 
-# %% ../nbs/15_training.ipynb #d4ffb2f2
+# %% ../nbs/15_training.ipynb #725ad524
 def make_accelerator(
     device: str = "auto",  # see `pick_device`
     precision: str | None = None,  # "bf16", "fp16" or "fp32"; None: bf16 where the device computes in it
@@ -181,33 +183,74 @@ def make_accelerator(
     precision = precision or ("bf16" if pick_dtype(where) == torch.bfloat16 else "fp32")
     if precision not in ("fp32", "bf16", "fp16"):
         raise LDMError(f"unknown precision '{precision}'; known: fp32, bf16, fp16")
-    AcceleratorState._reset_state()  # a second run in the same process may choose anew
+    if precision == "fp16" and where.type == "cpu":
+        raise LDMError("precision 'fp16' needs a GPU; on a CPU take bf16 or fp32")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:  # a second run in the same process may choose anew
+        AcceleratorState._reset_state(reset_partial_state=True)
+    if where.type == "cuda" and where.index is not None:
+        torch.cuda.set_device(where)
     return Accelerator(cpu=where.type == "cpu", mixed_precision="no" if precision == "fp32" else precision)
 
-
+# %% ../nbs/15_training.ipynb #dad18c5f
 @dataclass
 class Run:
-    "Where a run lives and what it has written so far."
+    "Where a run lives, what it runs on, and what it has written so far."
 
     folder: Path
     accelerator: Accelerator
-    seed: int = 0
     every: int = 100  # steps between lines of the log
     save_every: float = 60.0  # seconds between checkpoints
-    log: list[dict[str, Any]] = field(default_factory=list)
 
     def note(self, **values: Any) -> None:
         "One more line in log.jsonl."
-        self.log.append(values)
         if self.accelerator.is_main_process:
             with open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(values) + "\n")
 
+    def forget(self, stage: str, step: int) -> None:
+        "Drop the lines of a stage from after `step`, which will be done again, and a line that was cut short."
+        path = self.folder / "log.jsonl"
+        if self.accelerator.is_main_process and path.exists():
+            lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            told = [line for line in lines if (row := json.loads(line))["stage"] != stage or row["step"] <= step]
+            with atomic(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in told), encoding="utf-8")
+
     def mine(self, indices: Sequence[int]) -> list[int]:
         "This process's share of a batch."
-        return list(indices[self.accelerator.process_index :: self.accelerator.num_processes])
+        if len(indices) % (n := self.accelerator.num_processes):
+            raise LDMError(f"batch_size={len(indices)} cannot be shared by {n} processes; choose a multiple of {n}")
+        return list(indices[self.accelerator.process_index :: n])
 
-# %% ../nbs/15_training.ipynb #1a850128
+# %% ../nbs/15_training.ipynb #a42cdc53
+def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    "The batch with its tensors on `device`."
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+
+def optimise(
+    run: Run,
+    task: nn.Module,  # forward(batch) -> (loss, terms)
+    optimizer: torch.optim.Optimizer,
+    training: Training,
+    batch: Mapping[str, Any],
+    step: int,
+) -> float:
+    "One step; returns the loss. `LDMError` names the terms where loss or gradient is not finite; no weight is changed."
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(training, step)
+    loss, terms = task(to_device(batch, run.accelerator.device))
+    run.accelerator.backward(loss)
+    norm = float(run.accelerator.clip_grad_norm_(task.parameters(), training.clip))
+    skips = run.accelerator.scaler is not None  # fp16: a gradient that overflows is left out by the scaler
+    if not (math.isfinite(loss.item()) and (math.isfinite(norm) or skips)):
+        values = ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
+        raise LDMError(f"at step {step} the loss is {loss.item():.4g} ({values}) and its gradient's norm {norm:.4g}")
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss.item()
+
+# %% ../nbs/15_training.ipynb #f060c84e
 def run_stage(
     run: Run,
     stage: str,  # a word for the log and the checkpoint's name
@@ -217,62 +260,30 @@ def run_stage(
     validate: Callable[[nn.Module], dict[str, float]] = lambda task: {},  # scores of the averaged weights
 ) -> tuple[nn.Module, float]:
     "Train a task, from its checkpoint in the run's folder if there is one: the averaged task, the seconds spent."
+    path, task = run.folder / f"{stage}.safetensors", task.to(run.accelerator.device)
     optimizer = torch.optim.AdamW(task.parameters(), training.lr, betas=(0.9, 0.99), weight_decay=training.weight_decay)
-    device, path = run.accelerator.device, run.folder / f"{stage}.safetensors"
-    ema, start, seconds = EMA(task.to(device), training.ema), 0, 0.0
+    ema, start, before = EMA(task, training.ema), 0, 0.0
     wrapped, optimizer = run.accelerator.prepare(task, optimizer)
     if path.exists():
-        start, seconds = unpack(load_tensors(path), task, ema, optimizer)
-
-    def save(step: int) -> None:
-        if run.accelerator.is_main_process:
-            save_tensors(pack(task, ema, optimizer, step, seconds + time.monotonic() - began), path)
-
+        start, before = unpack(load_tensors(path), task, ema, optimizer)
+        run.forget(stage, start)
     began = saved = looked = time.monotonic()
-    total, count = 0.0, 0
-    steps = progress(range(start, training.steps), stage)
-    for step in steps:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(training, step)
-        loss, terms = wrapped(move(batch_at(step), device))
-        if not math.isfinite(loss.item()):
-            raise LDMError(
-                f"{stage}: the loss is {loss.item()} at step {step} ({show_terms(terms)}); {path.name} is from before"
-            )
-        run.accelerator.backward(loss)
-        run.accelerator.clip_grad_norm_(task.parameters(), training.clip)
-        optimizer.step()
-        optimizer.zero_grad()
+    losses: list[float] = []
+    for step in progress(range(start, training.steps), stage):
+        losses.append(optimise(run, wrapped, optimizer, training, batch_at(step), step))
         ema.update(task, step)
-        total, count = total + loss.item(), count + 1
-        if (step + 1) % run.every == 0 or step + 1 == training.steps:
-            now = time.monotonic()
-            speed = round(count * training.batch_size / (now - looked), 1)
-            with run.accelerator.autocast():
-                scores = validate(ema.module)
-            run.note(stage=stage, step=step + 1, loss=total / count, images_per_second=speed,
-                     seconds=round(seconds + now - began, 1), **scores)  # fmt: skip
-            if hasattr(steps, "set_postfix"):
-                steps.set_postfix(loss=f"{total / count:.3g}", **{k: f"{v:.3g}" for k, v in scores.items()})
-            total, count, looked = 0.0, 0, time.monotonic()
-        if time.monotonic() - saved > run.save_every:
-            save(step + 1)
-            saved = time.monotonic()
-    if start < training.steps:
-        save(training.steps)
-    return ema.module, seconds + time.monotonic() - began
+        now, end = time.monotonic(), step + 1 == training.steps
+        if (step + 1) % run.every == 0 or end:
+            speed = len(losses) * training.batch_size / (now - looked)
+            scores = {"loss": sum(losses) / len(losses), "images_per_second": round(speed, 1), **validate(ema.module)}
+            run.note(stage=stage, step=step + 1, seconds=round(before + now - began, 1), **scores)
+            losses, looked = [], time.monotonic()
+        if (now - saved > run.save_every or end) and run.accelerator.is_main_process:
+            save_tensors(pack(task, ema, optimizer, step + 1, before + now - began), path)
+            saved = now
+    return ema.module, before + time.monotonic() - began
 
-
-def move(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    "The batch with its tensors on `device`."
-    return {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-
-
-def show_terms(terms: Mapping[str, Tensor]) -> str:
-    "Terms of a loss, in a line."
-    return ", ".join(f"{name} {value.item():.4g}" for name, value in terms.items())
-
-# %% ../nbs/15_training.ipynb #170f751e
+# %% ../nbs/15_training.ipynb #da36b1d5
 @dataclass
 class Pictures:
     "Pictures as bytes, with their captions where there are some."
@@ -294,8 +305,9 @@ def remember(dataset: Dataset, n: int | None = None, word: str = "reading") -> P
     if n < 1:
         raise LDMError(f"{word}: the data set is empty")
     images, captions = [], []
+    several = getattr(dataset, "__getitems__", lambda indices: [dataset[i] for i in indices])  # drawn faster together
     for start in progress(range(0, n, 64), word):
-        batch = collate([dataset[i] for i in range(start, min(start + 64, n))])
+        batch = collate(several(range(start, min(start + 64, n))))
         images.append(((batch["image"] + 1) * 127.5).round().to(torch.uint8))
         captions += batch.get("caption", [])
     return Pictures(torch.cat(images), captions)
@@ -325,13 +337,18 @@ def encode_all(
     means, logvars = zip(*parts)
     return torch.cat(means), torch.cat(logvars)
 
-# %% ../nbs/15_training.ipynb #91064524
+# %% ../nbs/15_training.ipynb #263f9233
 def open_run(folder: str | Path, recipe: Recipe, resume: bool) -> Path:
     "The run's folder with its recipe in it; `LDMError` where it holds another run, or none that could go on."
     folder = Path(folder)
     path = folder / "recipe.json"
-    if path.exists() and not resume:
-        raise LDMError(f"{folder} already holds a run: go on with it (resume), or choose another folder")
+    left = [
+        name for name in (path.name, "log.jsonl", "first_stage.safetensors", "pictures") if (folder / name).exists()
+    ]
+    if left and not resume:
+        raise LDMError(
+            f"{folder} already holds a run ({', '.join(left)}): go on with it (resume), or take another folder"
+        )
     if resume and not path.exists():
         raise LDMError(f"{folder} holds no run to go on with: there is no recipe.json in it")
     if resume and recipe_from_dict(load_json(path)) != recipe:
@@ -341,6 +358,20 @@ def open_run(folder: str | Path, recipe: Recipe, resume: bool) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     save_json(recipe_to_dict(recipe), path)
     return folder
+
+
+def check_fit(recipe: Recipe, sample: Mapping[str, Any]) -> None:
+    "`LDMError` where the parts of a recipe do not fit each other, or one sample of its data; costs no memory."
+    f = 2 ** (len(recipe.first_stage.multipliers) - 1)
+    if recipe.size % f or recipe.size // f % 2 ** (len(recipe.diffusion.multipliers) - 1):
+        raise LDMError(f"size={recipe.size} cannot be halved as often as first stage and UNet do; try a power of two")
+    if recipe.diffusion.text and "caption" not in sample:
+        raise LDMError(f"the recipe has text, but the data set '{recipe.dataset}' has no captions")
+    with torch.device("meta"):
+        FirstStageTask(recipe.first_stage)
+        task = DiffusionTask(recipe)
+    if task.conditioner is not None:
+        task.conditioner.tokenizer.encode(sample["caption"])
 
 # %% ../nbs/15_training.ipynb #91b34db5
 def train_first_stage(
@@ -379,7 +410,7 @@ def made(run: Run, training: Training, seconds: float, scores: Mapping[str, floa
     precision = run.accelerator.mixed_precision
     return {"steps": training.steps, "seconds": round(seconds), "device": where, "precision": precision, **rounded}
 
-# %% ../nbs/15_training.ipynb #d4a8973a
+# %% ../nbs/15_training.ipynb #56bae91c
 def train_diffusion(
     recipe: Recipe, run: Run, first_stage: AutoencoderKL, pictures: Pictures, unseen: Pictures
 ) -> tuple[nn.Module, dict[str, Any]]:
@@ -404,12 +435,12 @@ def train_diffusion(
     def validate(task: nn.Module) -> dict[str, float]:
         with torch.no_grad():
             indices = list(range(min(256, len(unseen))))
-            return {"unseen": task(move(batch("unseen", 0, indices), run.accelerator.device))[0].item()}
+            return {"unseen": task(to_device(batch("unseen", 0, indices), run.accelerator.device))[0].item()}
 
     task, seconds = run_stage(run, "diffusion", task, training, batch_at, validate)
     return task, made(run, training, seconds, validate(task))
 
-# %% ../nbs/15_training.ipynb #def77cbf
+# %% ../nbs/15_training.ipynb #0a994f89
 def train(
     recipe: Recipe,
     folder: str | Path,  # of the run; made if it is not there
@@ -424,8 +455,12 @@ def train(
     train_set, unseen_set = (
         open_dataset(recipe.dataset, data_dir, split, recipe.size) for split in ("train", "validation")
     )
-    folder = open_run(folder, recipe, resume)
-    run = Run(folder, accelerator, recipe.seed, every)
+    check_fit(recipe, train_set[0])
+    folder = Path(folder)
+    if accelerator.is_main_process:
+        open_run(folder, recipe, resume)
+    accelerator.wait_for_everyone()
+    run = Run(folder, accelerator, every)
     with accelerator.main_process_first():
         pictures = kept(folder / "pictures" / "train", lambda: remember(train_set, recipe.images))
         unseen = kept(folder / "pictures" / "unseen", lambda: remember(unseen_set, 256))
@@ -434,6 +469,7 @@ def train(
     history = {"recipe": recipe_to_dict(recipe), "first_stage": about_first, "diffusion": about_second,
                "torch": torch.__version__}  # fmt: skip
     model = LatentDiffusion(first_stage, task.unet, task.schedule, task.conditioner, recipe.size, history).eval()
+    model.requires_grad_(True)  # an average cannot be trained, but the model may be
     if accelerator.is_main_process:
         model.save_pretrained(folder / "model")
     return model

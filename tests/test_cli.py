@@ -52,11 +52,12 @@ def test_an_unknown_profile_is_one_line(monkeypatch):
 
 def test_an_unconditional_run_on_real_faces(real_data, tmp_path):
     """`celeba64` in miniature: both stages on the real subset, then samples without text."""
-    result = run("train", "celeba64", "--data-dir", real_data, "--out", tmp_path / "run", "--max-steps", 2, "--every", 1)
+    out = tmp_path / "run"
+    result = run("train", "celeba64", "--data-dir", real_data, "--out", out, "--max-steps", 2, "--every", 1)
     assert result.exit_code == 0, result.output
-    log = (tmp_path / "run" / "log.jsonl").read_text()
+    log = (out / "log.jsonl").read_text()
     assert '"psnr"' in log and '"unseen"' in log
-    result = run("sample", "--model", tmp_path / "run" / "model", "--n", 2, "--steps", 2, "--out", tmp_path / "x.png")
+    result = run("sample", "--model", out / "model", "--n", 2, "--steps", 2, "--out", tmp_path / "x.png")
     assert result.exit_code == 0, result.output
 
 
