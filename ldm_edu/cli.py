@@ -26,11 +26,11 @@ from .recipes import RECIPES, find_recipe
 from .settings import LDMError, load_settings, pick_device
 from .training import train as train_recipe
 
-# %% ../nbs/17_cli.ipynb #ae847ee4
+# %% ../nbs/17_cli.ipynb #a2ecfe95
 class Commands(typer.core.TyperGroup):
     "The commands; an error meant for people is printed as one line, with exit status 1."
 
-    def invoke(self, ctx: typer.Context) -> None:
+    def invoke(self, ctx):
         try:
             super().invoke(ctx)
         except LDMError as error:
