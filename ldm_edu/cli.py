@@ -6,11 +6,12 @@
 __all__ = ['app', 'Device', 'Out', 'CAPTIONS', 'SCALES', 'Commands', 'about', 'chosen_device', 'writable', 'recipes', 'sample',
            'train', 'lab', 'demo_figure', 'demo']
 
-# %% ../nbs/17_cli.ipynb #917abce9
+# %% ../nbs/17_cli.ipynb #59ce80fd
 import shlex
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Annotated
@@ -143,7 +144,7 @@ def lab(folder: Annotated[Path, typer.Argument(help="the notebooks")] = Path("nb
         raise LDMError('JupyterLab is not installed: pip install "ldm_edu[course]"') from error
     raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", str(folder)]))
 
-# %% ../nbs/17_cli.ipynb #c448dc6f
+# %% ../nbs/17_cli.ipynb #af1b9781
 CAPTIONS = (
     "a small red sphere left of a big blue cube",
     "a big yellow cylinder",
@@ -169,7 +170,7 @@ def demo_figure(
             axes.imshow(to_pil(images[i]))
             axes.set_title(name if i == 0 else "", fontsize=9)
             if j == 0:
-                axes.set_ylabel("\n".join(caption[k : k + 22] for k in range(0, len(caption), 22)), fontsize=8)
+                axes.set_ylabel(textwrap.fill(caption, 22), fontsize=8)
     figure.savefig(out)
 
 
