@@ -125,7 +125,7 @@ CELEBA64 = Recipe(
     diffusion=DiffusionRecipe(training=Training(steps=9000, batch_size=64, lr=1e-3, warmup=300), blocks=1),
 )
 
-# %% ../nbs/14_recipes.ipynb #ded9579c
+# %% ../nbs/14_recipes.ipynb #029bd719
 TOY_DEMO = Recipe(
     name="toy-demo",
     about="the same at 32² in about a minute: both stages from scratch",
@@ -133,15 +133,13 @@ TOY_DEMO = Recipe(
     size=32,
     images=1000,
     first_stage=FirstStageRecipe(
-        training=Training(steps=300, batch_size=16, lr=4e-3, ema=0.98),
-        multipliers=(1, 2, 4),
-        latent_channels=4,
-        attention=False,
+        training=Training(steps=600, batch_size=8, lr=3e-3, ema=0.99),
+        multipliers=(1, 2, 4, 4),
     ),
     diffusion=DiffusionRecipe(
-        training=Training(steps=300, batch_size=32, lr=2e-3, ema=0.98),
-        channels=64,
-        multipliers=(1, 2),
+        training=Training(steps=600, batch_size=32, lr=2e-3, ema=0.99),
+        multipliers=(1,),
+        attention_factors=(1,),
         blocks=1,
         text=TextRecipe(dim=64),
     ),
