@@ -144,7 +144,7 @@ def lab(folder: Annotated[Path, typer.Argument(help="the notebooks")] = Path("nb
         raise LDMError('JupyterLab is not installed: pip install "ldm_edu[course]"') from error
     raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", str(folder)]))
 
-# %% ../nbs/17_cli.ipynb #af1b9781
+# %% ../nbs/17_cli.ipynb #cc03f800
 CAPTIONS = (
     "a small red sphere left of a big blue cube",
     "a big yellow cylinder",
@@ -181,7 +181,7 @@ def demo(
     steps: Annotated[int, typer.Option(help="denoising steps of each picture")] = 50,
     train_steps: Annotated[int | None, typer.Option(min=1, help="at most so many training steps in each stage")] = None,
 ) -> None:
-    "Draw with the shipped model, train a small one from nothing in about a minute, and put both in a picture."
+    "Draw with the shipped model, train a small one from nothing in a minute or two, and put both in a picture."
     where, out = chosen_device(device), writable(out)
     typer.echo(
         f"1. the shipped model draws {len(CAPTIONS)} captions at guidance scales {', '.join(f'{s:g}' for s in SCALES)}"

@@ -125,10 +125,10 @@ CELEBA64 = Recipe(
     diffusion=DiffusionRecipe(training=Training(steps=9000, batch_size=64, lr=1e-3, warmup=300), blocks=1),
 )
 
-# %% ../nbs/14_recipes.ipynb #029bd719
+# %% ../nbs/14_recipes.ipynb #0479627c
 TOY_DEMO = Recipe(
     name="toy-demo",
-    about="the same at 32² in about a minute: both stages from scratch",
+    about="the same at 32² in a minute or two: both stages from scratch",
     dataset="toy",
     size=32,
     images=1000,
