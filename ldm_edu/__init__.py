@@ -4,12 +4,13 @@ __version__ = "0.1.0"
 
 from ldm_edu.autoencoder import AutoencoderKL, DiagonalGaussian, estimate_scale
 from ldm_edu.conditioning import Condition, TextConditioner
-from ldm_edu.data import COCO, CelebA, ImageFolder, ToyCOCO, open_dataset
+from ldm_edu.data import COCO, CelebA, ImageFolder, ToyCelebA, ToyCOCO, cached, open_dataset
 from ldm_edu.diffusion import GaussianMixture, NoiseSchedule, diffusion_loss
 from ldm_edu.guidance import Guidance, drop
+from ldm_edu.judge import SceneReader, prompt_accuracy
 from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.losses import FirstStageLoss
-from ldm_edu.metrics import psnr
+from ldm_edu.metrics import LPIPS, ToyFeatures, psnr, ssim
 from ldm_edu.recipes import RECIPES, Recipe, find_recipe
 from ldm_edu.sampling import SeededNoise, Step, ddim, ddpm
 from ldm_edu.settings import CheckpointError, LDMError, load_settings, pick_device
@@ -18,6 +19,7 @@ from ldm_edu.unet import UNet
 
 __all__ = [
     "COCO",
+    "LPIPS",
     "RECIPES",
     "AutoencoderKL",
     "CelebA",
@@ -32,11 +34,15 @@ __all__ = [
     "LatentDiffusion",
     "NoiseSchedule",
     "Recipe",
+    "SceneReader",
     "SeededNoise",
     "Step",
     "TextConditioner",
     "ToyCOCO",
+    "ToyCelebA",
+    "ToyFeatures",
     "UNet",
+    "cached",
     "ddim",
     "ddpm",
     "diffusion_loss",
@@ -46,6 +52,8 @@ __all__ = [
     "load_settings",
     "open_dataset",
     "pick_device",
+    "prompt_accuracy",
     "psnr",
+    "ssim",
     "train",
 ]

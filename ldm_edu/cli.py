@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Device', 'Out', 'CAPTIONS', 'SCALES', 'Commands', 'about', 'chosen_device', 'writable', 'recipes', 'sample',
-           'train', 'lab', 'demo_figure', 'demo']
+           'consent', 'data', 'train', 'again', 'evaluate', 'lab', 'demo_figure', 'demo']
 
-# %% ../nbs/17_cli.ipynb #59ce80fd
+# %% ../nbs/17_cli.ipynb #8844333d
 import shlex
 import subprocess
 import sys
@@ -22,10 +22,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .display import grid, save, to_pil
+from .download import TERMS, accept, accepted, download_celeba, download_coco, home
 from .latent_diffusion import LatentDiffusion
-from .recipes import RECIPES, find_recipe
-from .settings import LDMError, load_settings, pick_device
-from .training import train as train_recipe
+from .evaluation import choose_scale, score_prompts, captions_of
+from .judge import SceneReader
+from .judge_training import cook
+from .recipes import RECIPES, Recipe, find_recipe
+from .settings import LDMError, load_json, load_settings, pick_device, save_json
 
 # %% ../nbs/17_cli.ipynb #a2ecfe95
 class Commands(typer.core.TyperGroup):
@@ -65,13 +68,12 @@ def writable(out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     return out
 
-# %% ../nbs/17_cli.ipynb #f63d9d73
+# %% ../nbs/17_cli.ipynb #55f68d8e
 @app.command()
 def recipes() -> None:
     "List the recipes that `train` knows."
     for recipe in RECIPES.values():
-        first, second = recipe.first_stage.training, recipe.diffusion.training
-        typer.echo(f"{recipe.name:16s} {recipe.about} ({first.steps} + {second.steps} steps)")
+        typer.echo(f"{recipe.name:16s} {recipe.about} ({recipe.steps} steps)")
 
 # %% ../nbs/17_cli.ipynb #e990cda6
 @app.command()
@@ -97,40 +99,124 @@ def sample(
     save(images[0] if len(images) == 1 else grid(images), out)
     typer.echo(f"{len(images)} picture{'s' * (len(images) > 1)} in {out}")
 
-# %% ../nbs/17_cli.ipynb #d70bc654
+# %% ../nbs/17_cli.ipynb #279d1ebd
+def consent(name: str, data_dir: Path, yes: bool) -> None:
+    "Show the terms of a data set and ask, unless they were accepted before; LDMError where they are not."
+    if accepted(name, data_dir):
+        return
+    typer.echo(TERMS[name])
+    try:
+        if not yes and not typer.confirm("Do you accept them?"):
+            raise LDMError("nothing was downloaded")
+    except typer.Abort:  # nobody there to answer
+        raise LDMError("nothing was downloaded: the terms want an answer; --yes accepts them") from None
+    accept(name, data_dir)
+
+
+@app.command()
+def data(
+    name: Annotated[str, typer.Argument(help="celeba or coco")],
+    data_dir: Annotated[Path | None, typer.Option(help="it gets a folder in there; default: settings.ini")] = None,
+    subset: Annotated[int | None, typer.Option(min=1, help="only so many pictures; default: all")] = None,
+    split: Annotated[str, typer.Option(help="coco only: val2017 or train2017")] = "val2017",
+    panoptic: Annotated[bool, typer.Option(help="coco only: maps of what each pixel shows, too")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="accept the terms without being asked")] = False,
+) -> None:
+    "Download CelebA or COCO, or go on with it: checked, unpacked, and cut down to a subset where one is asked for."
+    where = data_dir or load_settings().data_dir
+    home(name, where)  # is there such a data set?
+    consent(name, where, yes)
+    try:
+        root = download_celeba(where, subset) if name == "celeba" else download_coco(where, split, subset, panoptic)
+    except KeyboardInterrupt:
+        typer.echo("\nstopped; the same command goes on from here")
+        raise typer.Exit(130) from None
+    typer.echo(f"{name} is in {root}; `dataset = {name}` in settings.ini makes the notebooks use it")
+    typer.echo(f"{root / 'downloads'} holds what was fetched: a larger subset can be made from it, else it may go")
+
+# %% ../nbs/17_cli.ipynb #9f94df3e
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="one of `ldm-edu recipes`")],
     out: Annotated[Path | None, typer.Option(help="folder of the run; default: runs/RECIPE")] = None,
     data_dir: Annotated[Path | None, typer.Option(help="where the data set lies; default: settings.ini")] = None,
+    cache_dir: Annotated[
+        Path | None,
+        typer.Option(help="where pictures are kept for all runs; default: cache/ in settings.ini's data_dir"),
+    ] = None,
     resume: Annotated[bool, typer.Option(help="go on with the run in that folder")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="at most so many steps in each stage")] = None,
     device: Device = None,
     precision: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16; default: bf16 where the device has it")
     ] = None,
+    compile: Annotated[
+        bool, typer.Option(help="compile the networks first: slower to start, often faster then")
+    ] = False,
+    channels_last: Annotated[bool, typer.Option(help="another memory layout: often faster on NVIDIA GPUs")] = False,
     every: Annotated[int, typer.Option(min=1, help="steps between lines of the log")] = 100,
 ) -> None:
-    "Train both stages of a recipe: first stage, then diffusion model."
+    "Train a recipe: the two stages of a diffusion model, or the judge, or the features."
     chosen, settings = find_recipe(recipe), load_settings()
     chosen = chosen if max_steps is None else chosen.shortened(max_steps)
     out = out or Path("runs") / recipe
-    again = {
-        "--out": out,
-        "--data-dir": data_dir,
-        "--max-steps": max_steps,
-        "--device": device,
-        "--precision": precision,
+    how = {
+        "device": device or settings.device,
+        "precision": precision,
+        "compile": compile,
+        "channels_last": channels_last,
     }
+    terminal = sys.stderr.isatty()
     began = time.monotonic()
     try:
-        train_recipe(chosen, out, data_dir or settings.data_dir, device or settings.device, precision, resume, every)
-    except KeyboardInterrupt:
-        options = [str(word) for pair in again.items() if pair[1] is not None for word in pair]
-        line = shlex.join(["ldm-edu", "train", recipe, *options, "--resume"])
-        typer.echo(f"\nstopped; this goes on from the last checkpoint:\n  {line}")
+        cook(chosen, out, data_dir or settings.data_dir, cache_dir=cache_dir or settings.data_dir / "cache",
+             resume=resume, every=every, say=None if terminal else typer.echo, **how)  # fmt: skip
+    except KeyboardInterrupt as stopped:
+        line = shlex.join([*again(sys.argv[1:]), "--resume"])
+        typer.echo(f"\n{stopped or 'stopped'}\nThis goes on with it:\n  {line}")
         raise typer.Exit(130) from None
-    typer.echo(f"trained in {time.monotonic() - began:.0f} s: `ldm-edu sample --model {out / 'model'}` draws with it")
+    use = f": `ldm-edu sample --model {out / 'model'}` draws with it" if isinstance(chosen, Recipe) else ""
+    typer.echo(f"trained in {time.monotonic() - began:.0f} s, {out / 'model'}{use}")
+
+
+def again(words: list[str]) -> list[str]:
+    "The command that was typed, without `--resume`."
+    return ["ldm-edu", *(word for word in words if word != "--resume")]
+
+# %% ../nbs/17_cli.ipynb #bbbc440d
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="a shipped checkpoint, or a folder")] = "toy-text2image",
+    n: Annotated[int, typer.Option(min=1, help="how many captions")] = 512,
+    split: Annotated[str, typer.Option(help="of which split: validation, test or unseen")] = "test",
+    scale: Annotated[float, typer.Option(help="guidance scale")] = 3.0,
+    choose: Annotated[
+        bool, typer.Option(help="choose the scale on the validation split first, on half as many captions")
+    ] = False,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
+    write: Annotated[bool, typer.Option(help="write the scores into the model's config.json (a folder's)")] = False,
+    device: Device = None,
+) -> None:
+    "Have the judge say how many captions of drawn scenes a model draws."
+    diffusion, reader = (
+        LatentDiffusion.from_pretrained(model).to(chosen_device(device)),
+        SceneReader.from_pretrained("scene-reader"),
+    )
+    if write and not Path(model).is_dir():
+        raise LDMError(f"--write: {model} is no folder, and the shipped checkpoints are not changed")
+    tried = {}
+    if choose:
+        scale, tried = choose_scale(diffusion, reader, n=max(1, n // 2), steps=steps)
+        for value, accuracy in tried.items():
+            typer.echo(f"validation, scale {value:g}: {accuracy.prompts}")
+    score = score_prompts(diffusion, reader, captions_of(split, n), scale, steps)
+    typer.echo(f"{split}, {n} captions, scale {scale:g}, {steps} DDIM steps\n{score}")
+    if write:
+        path = Path(model) / "config.json"
+        config = load_json(path)
+        scores = {"scale": scale, "steps": steps, "validation": {str(k): v.prompts.share for k, v in tried.items()}}
+        config["made"] = (config.get("made") or {}) | {"scores": scores | {split: score.rows()}}
+        save_json(config, path)
 
 # %% ../nbs/17_cli.ipynb #482be6f0
 @app.command()
@@ -144,7 +230,7 @@ def lab(folder: Annotated[Path, typer.Argument(help="the notebooks")] = Path("nb
         raise LDMError('JupyterLab is not installed: pip install "ldm_edu[course]"') from error
     raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", str(folder)]))
 
-# %% ../nbs/17_cli.ipynb #cc03f800
+# %% ../nbs/17_cli.ipynb #b5ba4daf
 CAPTIONS = (
     "a small red sphere left of a big blue cube",
     "a big yellow cylinder",
@@ -195,7 +281,7 @@ def demo(
     typer.echo("2. a small one is trained from nothing: scenes are drawn, then first stage and UNet learn")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        small = train_recipe(recipe, Path(folder) / "run", device=str(where))
+        small = cook(recipe, Path(folder) / "run", device=str(where), looks=0)
     seconds = time.monotonic() - began
     scratch = small.to(where).sample(CAPTIONS, steps=steps, scale=3.0, seed=1).cpu()
     demo_figure(drawn, scratch, f"from nothing, {seconds:.0f} s", out)

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['PROFILES', 'DATASETS', 'DEVICES', 'PRETRAINED', 'LDMError', 'SettingsError', 'CheckpointError', 'refusal', 'Settings',
            'find_settings', 'load_settings', 'pick_device', 'pick_dtype', 'set_seed', 'is_static', 'progress', 'fit',
-           'atomic', 'save_tensors', 'load_tensors', 'save_json', 'load_json', 'checkpoint_path', 'Part']
+           'atomic', 'save_tensors', 'load_tensors', 'load_notes', 'save_json', 'load_json', 'checkpoint_path', 'Part']
 
-# %% ../nbs/00_settings.ipynb #09bee1c1
+# %% ../nbs/00_settings.ipynb #74314553
 import configparser
 import inspect
 import itertools
@@ -28,7 +28,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -270,7 +270,7 @@ def fit(
             module.training = mode
     return losses
 
-# %% ../nbs/00_settings.ipynb #d5e5d943
+# %% ../nbs/00_settings.ipynb #c294e14d
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
     "A temporary path beside `path`; it takes `path`'s place only if the block ends without an error."
@@ -278,32 +278,53 @@ def atomic(path: str | Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # on the disk, not in some cache, before it takes the name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00_settings.ipynb #8dd1c01c
-def save_tensors(tensors: Mapping[str, Tensor], path: str | Path, half: bool = False) -> None:
-    "Write named tensors to a safetensors file, whole or not at all; `half`: floats as float16."
+# %% ../nbs/00_settings.ipynb #f873ffa4
+def _brief(error: Exception) -> str:
+    "The gist of an error in one line."
+    return textwrap.shorten(str(error), 300)
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    half: bool = False,  # floats as float16
+    notes: Mapping[str, str] | None = None,  # texts for the file's header
+) -> None:
+    "Write named tensors to a safetensors file, whole or not at all; CheckpointError where that fails (a full disk)."
     kept = {}
     for name, tensor in tensors.items():
         dtype = torch.float16 if half and tensor.is_floating_point() else tensor.dtype
         kept[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
         if half and not torch.equal(kept[name].isfinite(), tensor.detach().cpu().isfinite()):
             raise CheckpointError(f"'{name}' has values beyond float16's 65504: save it with half=False")
-    with atomic(path) as temporary:
-        save_file(kept, temporary)
+    try:
+        with atomic(path) as temporary:
+            save_file(kept, temporary, metadata=dict(notes) if notes else None)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} could not be written ({_brief(error)}): is there space left?") from error
 
-# %% ../nbs/00_settings.ipynb #0d761efc
-def _brief(error: Exception) -> str:
-    "The gist of an error in one line."
-    return textwrap.shorten(str(error), 300)
-
-
+# %% ../nbs/00_settings.ipynb #133c50f6
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
     "The named tensors of a safetensors file, on the CPU; CheckpointError where it is missing, cut off or another kind."
     try:
         return load_file(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({_brief(error)}): copy it again") from error
+
+
+def load_notes(path: str | Path) -> dict[str, str]:
+    "The texts in a safetensors file's header, without reading its tensors; CheckpointError as for `load_tensors`."
+    try:
+        with safe_open(path, "pt") as file:
+            return file.metadata() or {}
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
     except (OSError, SafetensorError) as error:

@@ -1,9 +1,17 @@
 """The command line, as a user types it."""
 
+import json
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
 from ldm_edu.cli import app
+from ldm_edu.settings import PRETRAINED, load_notes
 
 PROMPT = "a small red sphere left of a big blue cube"
 
@@ -33,6 +41,7 @@ def test_the_same_seed_gives_the_same_file(tmp_path):
         (["sample", PROMPT, "--sampler", "euler"], "ddim"),
         (["sample", "a small red dgo"], "dgo"),
         (["lab", "nowhere"], "nowhere"),
+        (["data", "imagenet"], "celeba, coco"),
     ],
 )
 def test_errors_are_one_line_and_nothing_is_written(words, said, tmp_path, monkeypatch):
@@ -61,7 +70,54 @@ def test_an_unconditional_run_on_real_faces(real_data, tmp_path):
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("command", ["demo", "lab", "recipes", "train", "sample"])
+@pytest.mark.parametrize("command", ["demo", "lab", "data", "recipes", "train", "sample"])
 def test_every_command_explains_itself(command):
     result = run(command, "--help")
     assert result.exit_code == 0 and "Usage" in result.output
+
+
+def test_scores_become_a_part_of_the_model(tmp_path):
+    shutil.copytree(PRETRAINED / "toy-text2image", tmp_path / "model")
+    before = json.loads((tmp_path / "model" / "config.json").read_text())
+    words = ["evaluate", tmp_path / "model", "--n", 4, "--steps", 2, "--choose", "--write", "--device", "cpu"]
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    assert "every thing of the caption" in result.output and "judge, drawn" in result.output
+    after = json.loads((tmp_path / "model" / "config.json").read_text())
+    scores = after["made"].pop("scores")
+    before["made"].pop("scores", None)
+    assert after == before
+    assert scores["steps"] == 2 and str(scores["scale"]) in scores["validation"] and len(scores["validation"]) == 6
+    assert scores["test"]["every thing of the caption"] in result.output
+    refused = run("evaluate", "toy-text2image", "--write")
+    assert refused.exit_code == 1 and "no folder" in refused.output
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    """A real process, as a user starts it, and a real Ctrl-C."""
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    words = ["train", "toy-demo", "--out", str(out), "--cache-dir", str(cache), "--every", "1", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ldm_edu", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("first_stage 3/"):
+            process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=120) == 130, "".join(lines)
+    told = "".join(lines)
+    assert "stopped after step" in told and shlex.join(["ldm-edu", *words, "--resume"]) in told
+    step = int(load_notes(out / "first_stage.safetensors")["step"])
+    assert f"first_stage stopped after step {step}" in told
+    again = subprocess.Popen(
+        [sys.executable, "-m", "ldm_edu", *words, "--resume"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    first = next(line for line in again.stdout if line.startswith("first_stage"))
+    again.kill()
+    again.stdout.close()
+    again.wait()
+    assert first.startswith(f"first_stage {step + 1}/")

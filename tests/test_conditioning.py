@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from ldm_edu.conditioning import Condition, PromptError, TextConditioner, TextTransformer, WordTokenizer, suggest
-from ldm_edu.data import SPLITS, VOCABULARY, ToyCOCO
+from ldm_edu.data import ToyCOCO
+from ldm_edu.scenes import SPLITS, VOCABULARY
 
 
 def random_condition(b: int, seed: int) -> Condition:
@@ -130,7 +131,7 @@ def test_case_and_punctuation_do_not_count():
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_caption_of_the_toy_data_fits(split):
     dataset, tokenizer = ToyCOCO(split), WordTokenizer(VOCABULARY)
-    captions = [dataset.describe(i)[1] for i in range(300)]
+    captions = [dataset.describe(i)[1][0] for i in range(300)]
     assert tokenizer.decode(tokenizer(captions)) == captions
 
 

@@ -1,11 +1,38 @@
-"""PSNR against the definition, against torchmetrics and at its edges."""
+"""PSNR, SSIM, LPIPS and ToyFeatures against their definitions, against torchmetrics and lpips, and at their edges."""
 
+import importlib.util
 import math
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
+from torch import nn
 
-from ldm_edu.metrics import MetricError, psnr
+from ldm_edu import metrics
+from ldm_edu.metrics import (
+    BACKBONES,
+    LPIPS,
+    THINGS,
+    MetricError,
+    ToyFeatures,
+    backbone_weights,
+    gaussian_window,
+    layer_distances,
+    linear_weights,
+    psnr,
+    ssim,
+    ssim_map,
+    thing_targets,
+    unit,
+)
+from ldm_edu.scenes import Scene, Thing
+from ldm_edu.settings import CheckpointError, save_tensors
+
+# --- PSNR ---
 
 
 def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -67,3 +94,419 @@ def test_bytes_are_refused():
     x = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
     with pytest.raises(Exception):  # by the annotation where shapes are checked, else by MetricError
         psnr(x, x)
+
+
+# --- SSIM ---
+
+
+def damaged(x: torch.Tensor, seed: int) -> torch.Tensor:
+    """Another contrast, another brightness, some noise."""
+    generator = torch.Generator().manual_seed(seed)
+    contrast, light, strength = torch.rand(3, generator=generator)
+    noise = torch.randn(x.shape, generator=generator)
+    return (x * (0.3 + contrast) + 0.4 * (light - 0.5) + 0.4 * strength * noise).clamp(-1, 1)
+
+
+def window_by_window(x: torch.Tensor, y: torch.Tensor) -> float:
+    """SSIM of two planes (h, w) by its definition: mirrored border, weighted moments of every window, in float64."""
+    planes = nn.functional.pad(torch.stack([x, y])[:, None].double() / 2 + 0.5, [5] * 4, mode="reflect")[:, 0]
+    g = gaussian_window().double()
+    w = torch.outer(g, g) / torch.outer(g, g).sum()
+    total = 0.0
+    for i in range(x.shape[0]):
+        for j in range(x.shape[1]):
+            a, b = planes[:, i : i + 11, j : j + 11]
+            ma, mb = (w * a).sum(), (w * b).sum()
+            va, vb, cov = (w * (a - ma) ** 2).sum(), (w * (b - mb) ** 2).sum(), (w * (a - ma) * (b - mb)).sum()
+            total += (2 * ma * mb + 1e-4) * (2 * cov + 9e-4) / ((ma**2 + mb**2 + 1e-4) * (va + vb + 9e-4))
+    return float(total / x.numel())
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ssim_definition(seed):
+    x = pictures(1, 2, 12, 9, seed=seed)
+    y = damaged(x, seed)
+    expected = sum(window_by_window(x[0, k], y[0, k]) for k in range(2)) / 2
+    assert ssim(x, y).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_ssim_equals_torchmetrics(seed):
+    image = pytest.importorskip("torchmetrics.functional.image")
+    generator = torch.Generator().manual_seed(seed)
+    b, c = torch.randint(1, 5, (2,), generator=generator).tolist()
+    h, w = torch.randint(6, 70, (2,), generator=generator).tolist()
+    smooth = nn.functional.interpolate(pictures(b, c, 4, 4, seed=seed), size=(h, w), mode="bilinear")
+    x = smooth if seed % 2 else pictures(b, c, h, w, seed=seed)
+    y = damaged(x, seed)
+    theirs = image.structural_similarity_index_measure(
+        y.double() / 2 + 0.5, x.double() / 2 + 0.5, data_range=1.0, reduction="none"
+    )
+    torch.testing.assert_close(ssim(y, x).double(), theirs.reshape(b), atol=2e-5, rtol=0)
+
+
+def test_ssim_is_one_exactly_for_identical_pictures_and_never_more():
+    x = pictures(3, 3, 20, 20)
+    assert torch.equal(ssim(x, x), torch.ones(3))
+    assert torch.equal(ssim(0 * x, 0 * x), torch.ones(3))
+    assert (ssim_map(x, damaged(x, 0)) <= 1).all() and ssim(x, -x).max() < 0
+
+
+def test_ssim_symmetric_one_by_one_and_the_same_in_a_mirror():
+    x = pictures(4, 3, 16, 24)
+    y = damaged(x, 1)
+    torch.testing.assert_close(ssim(x, y), ssim(y, x))
+    torch.testing.assert_close(ssim(x, y), torch.cat([ssim(x[i : i + 1], y[i : i + 1]) for i in range(4)]))
+    torch.testing.assert_close(ssim(x.flip(3), y.flip(3)), ssim(x, y))
+    torch.testing.assert_close(ssim(x.mT, y.mT), ssim(x, y))
+
+
+def test_ssim_takes_zero_for_middle_grey_not_for_black():
+    light = torch.full((1, 3, 16, 16), 0.04)
+    assert ssim(light, -light) > 0.99
+
+
+def test_ssim_of_half_precision_and_of_nan():
+    x = pictures(2, 3, 16, 16)
+    y = damaged(x, 2)
+    torch.testing.assert_close(ssim(x.half(), y.half()), ssim(x.half().float(), y.half().float()))
+    y[0, 0, 0, 0] = math.nan
+    assert ssim(x, y)[0].isnan() and ssim(x, y)[1].isfinite()
+
+
+def test_ssim_has_a_gradient_everywhere():
+    for x in (pictures(1, 3, 16, 16), torch.zeros(1, 3, 16, 16)):
+        y = x.clone().requires_grad_()
+        ssim(x, y).sum().backward()
+        assert y.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 5, 16), (1, 3, 16, 5)])
+def test_ssim_refuses_pictures_smaller_than_half_a_window(shape):
+    with pytest.raises(MetricError, match="at least 6 pixels"):
+        ssim(pictures(*shape), pictures(*shape))
+    assert ssim(pictures(1, 3, 6, 6), pictures(1, 3, 6, 6)).item() == 1
+
+
+@pytest.mark.parametrize("other", [(1, 3, 8, 8), (2, 3, 8, 9), (2, 1, 8, 8), (3, 8, 8)])
+def test_ssim_refuses_shapes_that_do_not_fit(other):
+    with pytest.raises(MetricError, match=r"\(2, 3, 8, 8\)"):
+        ssim(pictures(2, 3, 8, 8), pictures(*other))
+
+
+# --- Distances between features ---
+
+
+def test_unit_has_length_one_and_a_finite_gradient_at_zero():
+    x = torch.randn(2, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+    x[0, :, 0, 0] = 0
+    x.requires_grad_()
+    length = unit(x).norm(dim=1)
+    assert length[0, 0, 0] == 0
+    torch.testing.assert_close(length.flatten()[1:], torch.ones(17))
+    unit(x.relu()).sum().backward()
+    assert x.grad.isfinite().all()
+
+
+def test_layer_distances_want_as_many_layers_on_both_sides():
+    x = torch.ones(1, 2, 3, 3)
+    with pytest.raises(ValueError):
+        layer_distances([x, x], [x])
+    with pytest.raises(ValueError):
+        layer_distances([x, x], [x, x], [torch.ones(2)])
+
+
+# --- LPIPS ---
+
+
+def random_backbone(net: str, folder: Path, half: bool = False) -> Path:
+    """A weights_dir with a backbone of random numbers; scaled so that the features do not fade out on the way."""
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        layers = BACKBONES[net].build()
+        for layer in layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        tensors = {f"features.{name}": value for name, value in layers.state_dict().items()}
+        save_tensors(tensors, folder / BACKBONES[net].file, half)
+    return folder
+
+
+def package(net: str, weights_dir: Path) -> nn.Module:
+    """`lpips.LPIPS` of the lpips package, with the backbone of `weights_dir`."""
+    lpips = pytest.importorskip("lpips")
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter("ignore")  # of torchvision, about an argument that lpips still uses
+        theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    tensors = backbone_weights(net, weights_dir, download=False)
+    for number in range(1, 6):
+        for name, layer in getattr(theirs.net, f"slice{number}").named_children():
+            if isinstance(layer, nn.Conv2d):
+                layer.weight.data = tensors[f"features.{name}.weight"].float()
+                layer.bias.data = tensors[f"features.{name}.bias"].float()
+    return theirs.eval()
+
+
+def assert_equal_to_the_package(net: str, weights_dir: Path) -> None:
+    """Values and gradients on random pairs of random shapes."""
+    ours, theirs = LPIPS(net, weights_dir, download=False), package(net, weights_dir)
+    for seed, (b, h, w) in enumerate([(2, 64, 64), (1, 35, 80), (3, 97, 50)]):
+        x = pictures(b, 3, h, w, seed=seed)
+        y = damaged(x, seed) if seed else pictures(b, 3, h, w, seed=99)
+        values, grads = [], []
+        for metric in (ours, theirs):
+            guess = y.clone().requires_grad_()
+            value = metric(guess, x).flatten()
+            value.sum().backward()
+            values.append(value.detach())
+            grads.append(guess.grad)
+        torch.testing.assert_close(*values, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4 * grads[1].abs().max().item())
+        assert values[0].min() > 1e-3
+
+
+@pytest.mark.parametrize("net", BACKBONES)
+def test_lpips_equals_the_package_with_a_random_backbone(net, tmp_path):
+    assert_equal_to_the_package(net, random_backbone(net, tmp_path))
+
+
+@pytest.mark.parametrize("net", BACKBONES)
+def test_lpips_equals_the_package_with_the_published_backbone(net, lpips_weights):
+    assert_equal_to_the_package(net, lpips_weights)
+
+
+def test_lpips_sees_what_the_eye_sees_with_the_published_backbone(lpips_weights):
+    from ldm_edu.scenes import render
+
+    x = render([Scene((Thing("sphere", "red", "large", 0.0, 0.0),))])
+    blurred = nn.functional.avg_pool2d(nn.functional.pad(x, [2] * 4, mode="replicate"), 5, stride=1)
+    metric = LPIPS("alex", lpips_weights, download=False)
+    assert psnr(x, blurred) > psnr(x, x.roll(1, 3)) and metric(x, blurred) > 4 * metric(x, x.roll(1, 3))
+
+
+@pytest.fixture(scope="module")
+def alex(tmp_path_factory) -> LPIPS:
+    """LPIPS through a random AlexNet."""
+    return LPIPS("alex", random_backbone("alex", tmp_path_factory.mktemp("weights")), download=False)
+
+
+def test_lpips_is_zero_for_identical_pictures_symmetric_and_one_by_one(alex):
+    x, y = pictures(3, 3, 48, 40), pictures(3, 3, 48, 40, seed=1)
+    assert torch.equal(alex(x, x), torch.zeros(3))
+    torch.testing.assert_close(alex(x, y), alex(y, x))
+    torch.testing.assert_close(alex(x, y), torch.cat([alex(x[i : i + 1], y[i : i + 1]) for i in range(3)]))
+
+
+def test_lpips_learns_nothing_and_leaves_the_random_stream_alone(tmp_path):
+    folder = random_backbone("alex", tmp_path)
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    metric = LPIPS("alex", folder, download=False)
+    assert torch.equal(torch.rand(3), expected)
+    assert not metric.training and not any(p.requires_grad for p in metric.parameters())
+    x, y = pictures(1, 3, 40, 40), pictures(1, 3, 40, 40, seed=1)
+    assert torch.equal(metric.train()(x, y), metric.eval()(x, y))
+
+
+def test_lpips_gradient_is_finite_where_features_are_all_zero(tmp_path):
+    silent = {name: torch.full_like(value, -1.0) if name.endswith("bias") else 0 * value
+              for name, value in backbone_weights("alex", random_backbone("alex", tmp_path)).items()}
+    save_tensors(silent, tmp_path / BACKBONES["alex"].file)
+    guess = pictures(1, 3, 40, 40).requires_grad_()
+    LPIPS("alex", tmp_path)(guess, pictures(1, 3, 40, 40, seed=1)).sum().backward()
+    assert torch.equal(guess.grad, torch.zeros_like(guess))
+
+
+@pytest.mark.parametrize("net", BACKBONES)
+def test_lpips_refuses_pictures_that_are_too_small(net, tmp_path):
+    metric, least = LPIPS(net, random_backbone(net, tmp_path), download=False), BACKBONES[net].smallest
+    assert metric(pictures(1, 3, least, least), pictures(1, 3, least, least, seed=1)).isfinite().all()
+    with pytest.raises(MetricError, match=f"at least {least} pixels"):
+        metric(pictures(1, 3, 64, least - 1), pictures(1, 3, 64, least - 1))
+
+
+def test_lpips_refuses_shapes_that_do_not_fit(alex):
+    with pytest.raises(MetricError, match="one shape"):
+        alex(pictures(2, 3, 40, 40), pictures(1, 3, 40, 40))
+
+
+def test_networks_refuse_grey_pictures(alex, toy):
+    for distance in (alex, toy.distance):
+        with pytest.raises(Exception):  # by the annotation where shapes are checked, else by MetricError
+            distance(pictures(1, 1, 40, 40), pictures(1, 1, 40, 40))
+
+
+def test_lpips_knows_its_networks():
+    with pytest.raises(MetricError, match="alex or vgg, not 'squeeze'"):
+        LPIPS("squeeze")
+
+
+# --- Where the weights come from ---
+
+
+@pytest.fixture
+def no_cache(tmp_path, monkeypatch) -> Path:
+    """torchvision has never downloaded anything; returns where it would put it."""
+    monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path / "hub"))
+    return tmp_path / "hub" / "checkpoints"
+
+
+def test_channel_weights_are_non_negative_and_fit_their_layers():
+    for net, backbone in BACKBONES.items():
+        widths = [backbone.build()[i - 1].out_channels for i in backbone.heard]
+        weights = linear_weights(net)
+        assert [len(w) for w in weights] == widths and all((w >= 0).all() for w in weights)
+
+
+def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MetricError, match="pip install lpips"):
+        linear_weights("alex")
+
+
+def test_damaged_channel_weights_are_named(monkeypatch, tmp_path):
+    (tmp_path / "weights" / "v0.1").mkdir(parents=True)
+    (tmp_path / "weights" / "v0.1" / "alex.pth").write_bytes(b"not a pickle")
+    spec = importlib.util.spec_from_file_location("lpips", tmp_path / "__init__.py")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    for net in BACKBONES:  # one is damaged, the other missing
+        with pytest.raises(MetricError, match=rf"{net}\.pth"):
+            linear_weights(net)
+
+
+def test_weights_dir_comes_before_torchvision(tmp_path, monkeypatch):
+    def never(*args):
+        raise AssertionError("torchvision was asked")
+
+    monkeypatch.setattr(metrics, "_from_torchvision", never)
+    folder = random_backbone("alex", tmp_path)
+    assert backbone_weights("alex", folder).keys() == backbone_weights("alex", str(folder)).keys()
+
+
+@pytest.mark.parametrize("download", [True, False])
+def test_what_torchvision_has_downloaded_is_found(download, no_cache, tmp_path):
+    from torchvision.models import AlexNet_Weights
+
+    weights = backbone_weights("alex", random_backbone("alex", tmp_path))
+    url = AlexNet_Weights.IMAGENET1K_V1.url
+    no_cache.mkdir(parents=True)
+    torch.save(weights | {"classifier.1.weight": torch.zeros(2, 2)}, no_cache / url.rsplit("/", 1)[1])
+
+    found = LPIPS("alex", tmp_path / "elsewhere", download=download)
+    x, y = pictures(1, 3, 40, 40), pictures(1, 3, 40, 40, seed=1)
+    torch.testing.assert_close(found(x, y), LPIPS("alex", tmp_path)(x, y))
+
+
+@pytest.mark.parametrize("weights_dir", [True, False])
+def test_without_weights_the_error_names_both_places(weights_dir, no_cache, tmp_path):
+    with pytest.raises(MetricError) as caught:
+        LPIPS("vgg", tmp_path if weights_dir else None, download=False)
+    message = str(caught.value)
+    url = "https://download.pytorch.org/models/vgg16"
+    for part in ("vgg16_features.safetensors", url, str(no_cache), "weights_dir"):
+        assert part in message
+
+
+@pytest.mark.parametrize("failure", [URLError("no network"), RuntimeError("invalid hash"), ConnectionResetError("cut")])
+def test_a_download_that_fails_is_told_with_its_reason(failure, no_cache, tmp_path, monkeypatch):
+    from torchvision.models import _api
+
+    def fail(*args, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(_api, "load_state_dict_from_url", fail)
+    with pytest.raises(MetricError, match="alexnet_features.safetensors") as caught:
+        LPIPS("alex", tmp_path)
+    assert str(failure) in str(caught.value)
+
+
+def test_a_damaged_file_in_weights_dir_is_named_and_not_passed_over(tmp_path):
+    path = random_backbone("alex", tmp_path) / BACKBONES["alex"].file
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="alexnet_features.safetensors"):
+        LPIPS("alex", tmp_path)
+
+
+def test_a_backbone_under_the_wrong_name_is_refused(tmp_path):
+    random_backbone("vgg", tmp_path)
+    (tmp_path / BACKBONES["vgg"].file).rename(tmp_path / BACKBONES["alex"].file)
+    with pytest.raises(CheckpointError, match="does not hold 'alex'"):
+        LPIPS("alex", tmp_path)
+
+
+def test_half_precision_weights_become_single(tmp_path):
+    half = LPIPS("alex", random_backbone("alex", tmp_path, half=True))
+    assert {p.dtype for p in half.parameters()} == {torch.float32}
+
+
+def test_importing_metrics_loads_neither_lpips_nor_torchvision(root):
+    heavy = ["lpips", "torchvision", "torchmetrics"]
+    code = f"import sys, ldm_edu.metrics; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+# --- ToyFeatures ---
+
+
+@pytest.fixture(scope="module")
+def toy() -> ToyFeatures:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ToyFeatures().eval()
+
+
+@pytest.mark.parametrize("h, w", [(64, 64), (16, 16), (33, 50)])
+def test_toy_features_shapes(toy, h, w):
+    x = pictures(2, 3, h, w)
+    sides = [(math.ceil(h / f), math.ceil(w / f)) for f in (2, 4, 8, 16)]
+    assert [tuple(f.shape) for f in toy.features(x)] == [(2, c, *side) for c, side in zip((32, 64, 96, 128), sides)]
+    assert toy.embed(x).shape == (2, 128) and toy.distance(x, x).tolist() == [0, 0]
+    assert {name: tuple(logits.shape) for name, logits in toy(x).items()} == {"things": (2, 48), "attributes": (2, 16)}
+
+
+def test_toy_features_are_small(toy):
+    assert 0.25e6 < sum(p.numel() for p in toy.parameters()) < 0.35e6
+
+
+def test_toy_distance_is_symmetric_bounded_and_one_by_one(toy):
+    x, y = pictures(3, 3, 32, 32), pictures(3, 3, 32, 32, seed=1)
+    d = toy.distance(x, y)
+    assert (d > 0).all() and (d <= 4).all()
+    torch.testing.assert_close(toy.distance(y, x), d)
+    torch.testing.assert_close(torch.cat([toy.distance(x[i : i + 1], y[i : i + 1]) for i in range(3)]), d)
+
+
+def test_toy_distance_has_a_gradient_that_leads_to_the_picture(toy):
+    x = pictures(1, 3, 32, 32)
+    y = pictures(1, 3, 32, 32, seed=1).requires_grad_()
+    toy.distance(x, y).sum().backward()
+    with torch.no_grad():
+        assert toy.distance(x, y - 0.1 * y.grad / y.grad.norm()) < toy.distance(x, y)
+
+
+def test_toy_features_refuse_what_does_not_fit(toy):
+    with pytest.raises(MetricError, match="at least 16 pixels"):
+        toy.distance(pictures(1, 3, 15, 32), pictures(1, 3, 15, 32))
+    with pytest.raises(MetricError, match="one shape"):
+        toy.distance(pictures(1, 3, 32, 32), pictures(2, 3, 32, 32))
+    for channels in ((), (12,), (0,)):
+        with pytest.raises(MetricError, match="multiples of 8"):
+            ToyFeatures(channels)
+
+
+def test_toy_features_are_saved_and_made_again(tmp_path):
+    made = ToyFeatures(channels=(8, 16), attributes=3).eval()
+    made.save_pretrained(tmp_path / "toy")
+    again = ToyFeatures.from_pretrained(tmp_path / "toy")
+    x = pictures(2, 3, 32, 32)
+    assert again.config == made.config and torch.equal(again.embed(x), made.embed(x))
+
+
+def test_thing_targets_name_what_stands_there():
+    things = Thing("cube", "blue", "large", 0.0, 0.0), Thing("sphere", "red", "small", 1.0, 1.0)
+    targets = thing_targets([Scene(things), Scene(()), Scene(things[:1])])
+    named = [[THINGS[i] for i in row.nonzero().flatten()] for row in targets]
+    assert named == [[("small", "red", "sphere"), ("large", "blue", "cube")], [], [("large", "blue", "cube")]]
+    assert len(set(THINGS)) == len(THINGS) == targets.shape[1] == 48

@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 
-from ldm_edu import LatentDiffusion, ToyCOCO, psnr
+from ldm_edu import LatentDiffusion, SceneReader, ToyCelebA, ToyCOCO, ToyFeatures, psnr
 from ldm_edu.data import collate
+from ldm_edu.evaluation import captions_of, score_prompts
+from ldm_edu.judge import reader_accuracy
 from ldm_edu.recipes import find_recipe, recipe_from_dict
 from ldm_edu.settings import PRETRAINED
 
@@ -69,6 +71,59 @@ def test_it_says_how_it_was_made_and_by_a_recipe_that_exists(model):
     for stage in ("first_stage", "diffusion"):
         assert {"steps", "seconds", "device"} <= set(model.made[stage])
         assert model.made[stage]["steps"] == getattr(recipe, stage).training.steps
+
+
+@pytest.fixture(scope="module")
+def reader() -> SceneReader:
+    return SceneReader.from_pretrained("scene-reader")
+
+
+@pytest.mark.parametrize("split", ["test", "unseen"])
+def test_the_judge_reads_scenes_and_their_reconstructions(model, reader, split):
+    """What the issue of trust rests on: 99 % of unseen drawn scenes without any error, 97 % after the first stage."""
+    data = ToyCOCO(split, length=512)
+    x = torch.cat([collate(data.__getitems__(range(i, i + 64)))["image"] for i in range(0, 512, 64)])
+    scenes = [data.describe(i)[0] for i in range(512)]
+    with torch.no_grad():
+        back = torch.cat([model.first_stage.reconstruct(part).clamp(-1, 1) for part in x.split(64)])
+    assert reader_accuracy(reader, x, scenes).share >= 0.99
+    assert reader_accuracy(reader, back, scenes).share >= 0.97
+
+
+def test_the_judge_sees_what_and_how_far(reader):
+    """Its dense heads: nearly every pixel's segment, and the depth to a tenth of a unit on average."""
+    data = ToyCOCO("test", length=64, keys=("image", "segmentation", "depth"))
+    batch = collate(data.__getitems__(range(64)))
+    with torch.no_grad():
+        reading = reader(batch["image"])
+    assert (reading.segmentation.argmax(1) == batch["segmentation"]).float().mean() >= 0.98
+    assert (reading.depth - batch["depth"]).abs().mean() <= 0.1
+
+
+def test_most_captions_are_drawn(model, reader):
+    """A part of what `ldm-edu evaluate` measures; all 512 captions stand in the model's config."""
+    scores = model.made["scores"]
+    assert float(scores["test"]["every thing of the caption"].split()[0]) >= 80
+    assert score_prompts(model, reader, captions_of("test", 64), scores["scale"]).prompts.share >= 0.8
+
+
+@pytest.mark.parametrize("name, cls", [("scene-reader", SceneReader), ("toy-features", ToyFeatures)])
+def test_the_others_say_how_they_were_made_too(name, cls):
+    made = cls.from_pretrained(name).made
+    assert recipe_from_dict(made["recipe"]) == find_recipe(name)
+    assert made["steps"] == find_recipe(name).training.steps and {"seconds", "device", "torch"} <= set(made)
+
+
+def test_the_features_tell_pictures_apart():
+    """A scene is nearer to itself with a little noise than to another scene, a face than to another face."""
+    features = ToyFeatures.from_pretrained("toy-features")
+    generator = torch.Generator().manual_seed(0)
+    for data in (ToyCOCO("test", length=64), ToyCelebA("test", length=64)):
+        x = collate(data.__getitems__(range(64)))["image"]
+        noisy = (x + 0.05 * torch.randn(x.shape, generator=generator)).clamp(-1, 1)
+        with torch.no_grad():
+            near, far = features.distance(x, noisy), features.distance(x, x.roll(1, 0))
+        assert (near < far).float().mean() >= 0.98
 
 
 def test_it_is_small():

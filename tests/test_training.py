@@ -1,28 +1,44 @@
-"""The training engine: randomness by step, exact resume, checkpoints, and what it refuses."""
+"""The training engine: randomness by step, what is kept, what is cached, and what is refused."""
 
 import json
 import os
+import resource
+import shutil
 import signal
-import subprocess
-import sys
-import textwrap
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
+from small_runs import HOW, Child, cook, differences, of_stages, tiny, weights
+from torch import nn
 
+import ldm_edu.training as training
+from ldm_edu.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm_edu.data import DataError, ToyCOCO, cached
 from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.recipes import RECIPES, Training, find_recipe, recipe_from_dict, recipe_to_dict
-from ldm_edu.settings import CheckpointError, LDMError, load_tensors
-from ldm_edu.training import DiffusionTask, draws, make_accelerator, order, train
+from ldm_edu.settings import CheckpointError, LDMError, load_notes, load_tensors
+from ldm_edu.training import (
+    DiffusionTask,
+    Run,
+    begin,
+    cached_latents,
+    check_shares,
+    checkpoint,
+    draws,
+    make_accelerator,
+    open_run,
+    order,
+    run_stage,
+    said,
+    stages,
+    train,
+)
 
-
-def tiny(steps: int = 6):
-    """`toy-demo`, with as little of everything as there can be."""
-    recipe = find_recipe("toy-demo").shortened(steps)
-    text = replace(recipe.diffusion.text, dim=32, depth=1)
-    second = replace(recipe.diffusion, channels=32, multipliers=(1,), attention_factors=(1,), text=text)
-    return replace(recipe, images=40, diffusion=second)
+# What is random about a step -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n, batch_size", [(7, 3), (10, 10), (5, 8), (1, 4)])
@@ -37,126 +53,15 @@ def test_draws_do_not_depend_on_the_batch():
     for k, index in enumerate([4, 9, 2]):
         alone = draws(1, 5, [index], (2, 3, 3))
         assert all(torch.equal(whole[key][k : k + 1], alone[key]) for key in whole)
-    other = draws(1, 6, [4], (2, 3, 3))
-    assert not torch.equal(other["noise"], whole["noise"][:1])
+    for seed, step in ((1, 6), (2, 5)):
+        other = draws(seed, step, [4], (2, 3, 3))
+        assert not any(torch.equal(other[key], whole[key][:1]) for key in whole)
 
 
-def weights(folder) -> dict[str, torch.Tensor]:
-    return {
-        f"{part}.{name}": value
-        for part in ("first_stage", "unet", "conditioner")
-        for name, value in load_tensors(folder / "model" / part / "model.safetensors").items()
-    }
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """An undisturbed run."""
-    folder = tmp_path_factory.mktemp("runs") / "straight"
-    model = train(tiny(), folder, device="cpu", precision="fp32", every=2)
-    return folder, model
-
-
-@pytest.mark.parametrize("stage, step", [("first_stage", 3), ("diffusion", 1), ("diffusion", 5)])
-def test_a_run_that_died_ends_with_the_same_weights(stage, step, finished, tmp_path, monkeypatch):
-    import ldm_edu.training as training
-
-    whole = training.run_stage
-
-    def mortal(run, name, task, how, batch_at, validate):
-        def fragile(k):
-            if name == stage and k == step:
-                raise KeyboardInterrupt
-            return batch_at(k)
-
-        run.save_every = 0.0
-        return whole(run, name, task, how, fragile, validate)
-
-    monkeypatch.setattr(training, "run_stage", mortal)
-    with pytest.raises(KeyboardInterrupt):
-        train(tiny(), tmp_path / "run", device="cpu", precision="fp32", every=2)
-    monkeypatch.setattr(training, "run_stage", whole)
-    train(tiny(), tmp_path / "run", device="cpu", precision="fp32", every=2, resume=True)
-    straight, again = weights(finished[0]), weights(tmp_path / "run")
-    assert straight.keys() == again.keys() and all(torch.equal(straight[name], again[name]) for name in straight)
-
-
-def test_a_killed_process_goes_on(finished, tmp_path):
-    """SIGKILL, which no code of ours sees, at a step of the second stage."""
-    script = textwrap.dedent(f"""
-        import os, signal, sys
-        sys.path.insert(0, {os.path.dirname(__file__)!r})
-        import ldm_edu.training as training
-        from test_training import tiny
-        whole = training.run_stage
-        def mortal(run, name, task, how, batch_at, validate):
-            def fragile(k):
-                if name == "diffusion" and k == 4:
-                    os.kill(os.getpid(), signal.SIGKILL)
-                return batch_at(k)
-            run.save_every = 0.0
-            return whole(run, name, task, how, fragile, validate)
-        training.run_stage = mortal
-        training.train(tiny(), {str(tmp_path / "run")!r}, device="cpu", precision="fp32", every=2)
-    """)
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    train(tiny(), tmp_path / "run", device="cpu", precision="fp32", every=2, resume=True)
-    straight, again = weights(finished[0]), weights(tmp_path / "run")
-    assert all(torch.equal(straight[name], again[name]) for name in straight)
-
-
-def test_the_run_folder_tells_what_was_done(finished):
-    folder, model = finished
-    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    assert [line["stage"] for line in lines] == ["first_stage"] * 3 + ["diffusion"] * 3
-    assert all({"step", "loss", "images_per_second", "seconds"} <= set(line) for line in lines)
-    assert recipe_from_dict(json.loads((folder / "recipe.json").read_text())) == tiny()
-    loaded = LatentDiffusion.from_pretrained(folder / "model")
-    assert torch.equal(loaded.sample("a big red ball", steps=2), model.sample("a big red ball", steps=2))
-    assert loaded.made["diffusion"]["steps"] == 6
-
-
-def test_a_folder_with_a_run_is_not_overwritten(finished):
-    folder, _ = finished
-    before = (folder / "log.jsonl").read_bytes()
-    with pytest.raises(LDMError, match="already holds a run"):
-        train(tiny(), folder, device="cpu", precision="fp32")
-    with pytest.raises(LDMError, match="recipe"):
-        train(tiny(7), folder, device="cpu", precision="fp32", resume=True)
-    assert (folder / "log.jsonl").read_bytes() == before
-
-
-def test_resume_needs_a_run(tmp_path):
-    with pytest.raises(LDMError, match="no run"):
-        train(tiny(), tmp_path / "none", resume=True)
-
-
-def test_a_cut_checkpoint_is_named(finished, tmp_path):
-    import shutil
-
-    shutil.copytree(finished[0], tmp_path / "run")
-    path = tmp_path / "run" / "diffusion.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(CheckpointError, match="diffusion.safetensors"):
-        train(tiny(), tmp_path / "run", device="cpu", precision="fp32", resume=True)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
-    import ldm_edu.training as training
-
-    monkeypatch.setattr(training, "learning_rate", lambda training, step: 1e30 if step == 2 else 1e-3)
-    with pytest.raises(LDMError, match="at step 3 the loss is .*l1"):
-        train(tiny(), tmp_path / "run", device="cpu", precision="fp32")
-
-
-def test_unknown_precision_and_device():
-    with pytest.raises(LDMError, match="bf16"):
-        make_accelerator("cpu", "fp8")
-    with pytest.raises(LDMError, match="cuda"):
-        make_accelerator("tpu")
-    with pytest.raises(LDMError, match="GPU"):
-        make_accelerator("cpu", "fp16")
+def test_noises_are_independent_of_each_other():
+    many = draws(0, 0, range(4000), (1,))
+    columns = torch.stack([many[key].flatten().double() for key in ("t", "u", "phrase", "noise", "latent_noise")])
+    assert (torch.corrcoef(columns) - torch.eye(5)).abs().max() < 4 / 4000**0.5
 
 
 def test_dropped_captions_are_the_null_condition():
@@ -176,6 +81,573 @@ def test_dropped_captions_are_the_null_condition():
     assert losses[1.0][0] == losses[1.0][1] and losses[0.0][0] != losses[0.0][1]
 
 
+def test_every_phrasing_is_read_as_often():
+    texts, phrase = [["a", "b", "c"], ["x"]], torch.rand(3000, generator=torch.Generator().manual_seed(0))
+    read = said(texts, [0] * 3000, phrase)["caption"]
+    assert all(abs(read.count(text) / 3000 - 1 / 3) < 0.04 for text in texts[0])
+    assert said(texts, [1, 1], phrase[:2]) == {"caption": ["x", "x"]} and said(None, [1], phrase[:1]) == {}
+
+
+def test_batches_are_pictures_latents_and_captions_that_belong_together(tmp_path, monkeypatch):
+    """What `train` hands to the loop, against the data set itself."""
+    batches = {}
+
+    def no_training(run, stage, task, how, batch_at, validate, look, seed):
+        batches[stage] = batch_at(3)
+        return task.eval(), 0.0
+
+    monkeypatch.setattr(training, "run_stage", no_training)
+    recipe = tiny()
+    model, data = cook(tmp_path / "run", recipe), ToyCOCO("train", size=16, keys=("image", "captions"))
+    seen, shape = order(recipe.seed, 3, 4, 24), (4, 8, 8)
+    first = batches["first_stage"]
+    bytes_of_pictures = ((torch.stack([data[i]["image"] for i in seen]) + 1) * 127.5).round() / 127.5 - 1
+    torch.testing.assert_close(first["image"], bytes_of_pictures)
+    assert torch.equal(first["latent_noise"], draws(recipe.seed, 3, seen, shape)["latent_noise"])
+
+    seen = order(recipe.seed + 1, 3, 4, 24)
+    second, random = batches["diffusion"], draws(recipe.seed + 1, 3, seen, shape)
+    for i, u, caption in zip(seen, random["phrase"].tolist(), second["caption"]):
+        assert caption == data[i]["captions"][int(u * len(data[i]["captions"]))]
+    with torch.no_grad():
+        posterior = model.first_stage.posterior(torch.stack([data[i]["image"] for i in seen]))
+    z = posterior.sample(random["latent_noise"]) * model.first_stage.scale_factor
+    torch.testing.assert_close(second["z"], z, rtol=1e-2, atol=1e-2)  # pictures are kept in bytes
+    assert all(torch.equal(second[key], random[key]) for key in random)
+
+
+# The loop, on a small network ----------------------------------------------------------------------------------------
+
+
+class Small(nn.Module):
+    """Learns to double a picture, with dropout on the way; a loss of two terms."""
+
+    channels, dropout = 64, 0.1
+
+    def __init__(self):
+        super().__init__()
+        convolutions = nn.Conv2d(3, self.channels, 3, padding=1), nn.Conv2d(self.channels, 3, 3, padding=1)
+        self.net = nn.Sequential(convolutions[0], nn.Dropout(self.dropout), convolutions[1])
+
+    def forward(self, batch):
+        error = self.net(batch["noise"]) - 2 * batch["noise"]
+        terms = {"near": error.square().mean(), "far": batch["weight"].mean() * error.abs().mean()}
+        return terms["near"] + terms["far"], {name: term.detach() for name, term in terms.items()}
+
+
+def batch_at(step):
+    """Four pictures of noise."""
+    return draws(0, step, order(0, step, 4, 20), (3, 6, 6)) | {"weight": torch.full((4,), 0.1)}
+
+
+def small_run(folder, **how) -> Run:
+    folder.mkdir(exist_ok=True)
+    how = {"every": 5, "save_every": 0.0} | how
+    precision = how.pop("precision", "fp32")
+    return Run(Path(folder), make_accelerator("cpu", precision), notes={"recipe": "small"}, **how)
+
+
+def train_small(folder, batch_at=batch_at, validate=None, steps=20, run=None, **how):
+    """The averaged weights after 20 steps, from wherever the folder is at."""
+    how = Training(**({"steps": steps, "batch_size": 4, "lr": 1e-2, "warmup": 2} | how))
+    torch.manual_seed(0)
+    return run_stage(run or small_run(folder), "small", Small(), how, batch_at, validate)[0].state_dict()
+
+
+def stopping_at(step):
+    """`batch_at` until a step at which there are no more data."""
+
+    def broken(k):
+        if k == step:
+            raise DataError(f"no picture for step {k}")
+        return batch_at(k)
+
+    return broken
+
+
+@pytest.mark.parametrize("options", [{}, {"channels_last": True}], ids=["contiguous", "channels last"])
+def test_a_stage_goes_on_exactly(options, tmp_path):
+    """Dropout, the optimiser's memory and the average included; and in both orders in memory."""
+    straight = train_small(tmp_path / "a", run=small_run(tmp_path / "a", **options))
+    with pytest.raises(DataError, match="step 11"):
+        train_small(tmp_path / "b", stopping_at(11), run=small_run(tmp_path / "b", **options))
+    assert load_notes(tmp_path / "b" / "small.safetensors")["step"] == "11"
+    torch.randn(5)  # whoever else draws from PyTorch's stream must not matter
+    assert not differences(straight, train_small(tmp_path / "b", run=small_run(tmp_path / "b", **options)))
+    kept = [load_tensors(tmp_path / name / "small.safetensors") for name in "ab"]
+    assert set(differences(*kept)) <= {"seconds"}
+
+
+def losses(folder, **options) -> torch.Tensor:
+    """The log's losses over 20 steps."""
+    run = small_run(folder, **({"every": 1} | options))
+    train_small(folder, run=run)
+    return torch.tensor([line["loss"] for line in run.lines()])
+
+
+def test_channels_last_changes_no_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(Small, "dropout", 0.0)  # it goes through the numbers as they lie in memory
+    expected = losses(tmp_path / "a")
+    assert len(expected) == 20 and expected[-1] < 0.8 * expected[0]
+    torch.testing.assert_close(losses(tmp_path / "b", channels_last=True), expected, rtol=1e-5, atol=0)
+
+
+def test_compiled_changes_no_loss(tmp_path, monkeypatch):
+    monkeypatch.setattr(Small, "dropout", 0.0)  # a compiled network draws other random numbers
+    try:
+        torch.compile(torch.sin)(torch.ones(3))
+    except Exception as error:  # whatever is missing here
+        pytest.skip(f"torch.compile does not work here: {str(error)[:200]}")
+    expected = losses(tmp_path / "a")
+    compiled = []
+    whole = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, *a, **k: compiled.append(self) or whole(self, *a, **k))
+    torch.testing.assert_close(losses(tmp_path / "b", compile=True), expected, rtol=1e-4, atol=0)
+    assert [type(module) for module in compiled] == [Small]
+
+
+def test_newest_and_best_are_kept(tmp_path):
+    """Losses on unseen data of 3, 1, 2 and 5: the second line of the log is the best."""
+    said, averages = iter([3.0, 1.0, 2.0, 5.0] * 2), []
+
+    def validate(task):
+        averages.append({name: value.clone() for name, value in task.state_dict().items()})
+        return {"unseen": next(said)}
+
+    last = train_small(tmp_path / "last", validate=validate)
+    best = train_small(tmp_path / "best", validate=validate, keep="best")
+    assert not differences(last, averages[3]) and not differences(best, averages[5])
+    assert differences(last, best)
+    for folder in (tmp_path / "last", tmp_path / "best"):
+        assert load_notes(folder / "small.safetensors")["step"] == "20"
+        assert load_notes(folder / "small.best.safetensors")["step"] == "10"
+        kept = load_tensors(folder / "small.best.safetensors")
+        assert not differences({k.removeprefix("ema."): v for k, v in kept.items() if k.startswith("ema.")}, best)
+        assert kept["best"] == 1.0 == load_tensors(folder / "small.safetensors")["best"]
+
+
+def test_best_survives_an_interruption(tmp_path):
+    """The best of before the interruption stays the best after it."""
+    values = iter([1.0, 2.0, 3.0, 4.0])
+    with pytest.raises(DataError):
+        train_small(tmp_path, stopping_at(8), lambda task: {"unseen": next(values)}, keep="best")
+    best = train_small(tmp_path, validate=lambda task: {"unseen": next(values)}, keep="best")
+    assert load_notes(tmp_path / "small.best.safetensors")["step"] == "5"
+    assert not differences(best, train_small(tmp_path / "five", steps=20, validate=only_first(), keep="best"))
+
+
+def only_first():
+    values = iter([1.0, 2.0, 2.0, 2.0])
+    return lambda task: {"unseen": next(values)}
+
+
+def test_clipping_warm_up_and_average_are_what_they_say(tmp_path):
+    """Three steps against a loop in which everything is written out."""
+    how = Training(steps=3, batch_size=4, lr=1e-2, warmup=2, clip=0.1, ema=0.9, weight_decay=0.1)
+    averaged = train_small(tmp_path, **{k: v for k, v in asdict(how).items() if k in ("clip", "ema", "weight_decay")},
+                           steps=3)  # fmt: skip
+    torch.manual_seed(0)
+    net = Small()
+    mean = {name: value.clone() for name, value in net.state_dict().items()}
+    adam = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
+    for step in range(3):
+        torch.manual_seed(training.step_seed(0, step, 0))
+        loss, _ = net(batch_at(step))
+        grads = torch.autograd.grad(loss, list(net.parameters()))
+        size = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+        assert size > 0.1  # or clipping would not be tested
+        for p, g in zip(net.parameters(), grads):
+            p.grad = g * 0.1 / size
+        adam.param_groups[0]["lr"] = training.learning_rate(how, step)
+        adam.step()
+        d = min(0.9, (1 + step) / (10 + step))
+        mean = {name: d * mean[name] + (1 - d) * value for name, value in net.state_dict().items()}
+    torch.testing.assert_close(dict(averaged), mean, rtol=1e-4, atol=1e-6)
+
+
+# Faults --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_loss_that_is_not_finite_names_term_and_step(value, tmp_path):
+    def broken(step):
+        return batch_at(step) | ({"weight": torch.full((4,), value)} if step == 7 else {})
+
+    straight = train_small(tmp_path / "straight")
+    before = {}
+
+    def watch(step):  # two steps ahead of the loop
+        before[step] = (tmp_path / "run" / "small.safetensors").read_bytes() if step > 3 else b""
+        return broken(step)
+
+    with pytest.raises(LDMError, match=r"at step 7 the loss is (nan|inf): far is to blame \(near 0?\.?\d.*, far "):
+        train_small(tmp_path / "run", watch)
+    assert load_notes(tmp_path / "run" / "small.safetensors")["step"] == "7"
+    assert all(value.isfinite().all() for value in load_tensors(tmp_path / "run" / "small.safetensors").values()
+               if value.dim())  # fmt: skip
+    assert not differences(straight, train_small(tmp_path / "run"))
+
+
+def test_a_gradient_that_is_not_finite_is_named(tmp_path):
+    class Steep(Small):
+        def forward(self, batch):
+            loss, terms = super().forward(batch)
+            return loss + (self.net[0].bias.sum() * 0).sqrt(), terms  # the root's slope at 0 is infinite
+
+    run = small_run(tmp_path)
+    how = Training(steps=3, batch_size=4, lr=1e-2)
+    with pytest.raises(LDMError, match=r"at step 0 .*gradient's norm is (nan|inf)"):
+        run_stage(run, "small", Steep(), how, batch_at)
+    assert not checkpoint(run, "small").exists()
+
+
+def test_a_stage_of_a_recipe_names_its_term(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "learning_rate", lambda training, step: 1e30 if step == 2 else 1e-3)
+    with pytest.raises(LDMError, match="at step 3 the loss is .*l1"):
+        cook(tmp_path / "run")
+
+
+def fill_disk(folder: Path, limit: int) -> None:
+    """Train on where no file can become longer than `limit` bytes: what a full disk says, without filling one."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    run, how = small_run(folder, looks=4, save_every=1e9), Training(steps=20, batch_size=4, lr=1e-2, warmup=2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
+    try:
+        run_stage(run, "small", Small(), how, batch_at, look=lambda task: torch.rand(3, 64, 64))
+    except LDMError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+        (folder.parent / "told").write_text(str(error))
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limit on the size of files on this system")
+@pytest.mark.parametrize(
+    "limit, file", [(150, "log.jsonl"), (5000, "samples"), (14_000, "loss.png"), (40_000, "small.safetensors")]
+)
+def test_a_full_disk_keeps_the_last_checkpoint(limit, file, tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(DataError):
+        train_small(folder, stopping_at(8))
+    before = (folder / "small.safetensors").read_bytes()
+    assert len(before) > 40_000
+    child = Child(fill_disk, folder, limit, output=tmp_path / "output")
+    assert child.wait() == 0, child.said()
+    told = (tmp_path / "told").read_text()
+    assert str(folder / file) in told and "\n" not in told
+    assert (folder / "small.safetensors").read_bytes() == before
+    assert not [path for path in folder.rglob(".*")]
+    assert not differences(train_small(tmp_path / "straight"), train_small(folder))
+
+
+def test_a_checkpoint_cut_short_is_named(tmp_path):
+    """At any length; and what could be done is said."""
+    train_small(tmp_path, validate=only_first())
+    path, spare = tmp_path / "small.safetensors", tmp_path / "small.best.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    lengths = [0, 1, 7, 8, 9, header // 2, header - 1, header, header + 1, len(whole) // 2, len(whole) - 1]
+    for length in lengths:
+        path.write_bytes(whole[:length])
+        with pytest.raises(CheckpointError, match=r"small\.safetensors is not a whole .*put small\.best\.safetensors"):
+            train_small(tmp_path)
+        assert path.read_bytes() == whole[:length]
+    spare.unlink()
+    with pytest.raises(CheckpointError, match=r"To go on, remove small\.safetensors: small then begins again"):
+        train_small(tmp_path)
+    path.write_bytes(whole)
+    train_small(tmp_path)
+
+
+def test_the_best_can_take_the_place_of_the_newest(tmp_path):
+    """As the message advises."""
+    straight = train_small(tmp_path, validate=only_first())
+    os.replace(tmp_path / "small.best.safetensors", tmp_path / "small.safetensors")
+    assert not differences(straight, train_small(tmp_path, validate=lambda task: {"unseen": 2.0}))
+
+
+def test_a_checkpoint_of_another_recipe_or_network_is_refused(tmp_path):
+    train_small(tmp_path)
+    for other in ({"recipe": "another"}, {"recipe": "small", "pictures": "others"}):
+        run = replace(small_run(tmp_path), notes=other)
+        with pytest.raises(CheckpointError, match=r"small\.safetensors was made with (another recipe|other pictures)"):
+            train_small(tmp_path, run=run)
+    how = Training(steps=20, batch_size=4, lr=1e-2)
+    with pytest.raises(CheckpointError, match=r"small\.safetensors does not fit"):
+        run_stage(small_run(tmp_path), "small", nn.Linear(2, 2), how, batch_at)
+
+
+def test_a_log_that_was_cut_short_can_be_gone_on_with(tmp_path):
+    run = small_run(tmp_path)
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"stage": "small", "st')
+    train_small(tmp_path)
+    assert [line["step"] for line in run.lines()] == [5, 10, 15, 20]
+    path.write_text(path.read_text()[:-20])
+    train_small(tmp_path)
+    assert [line["step"] for line in map(json.loads, path.read_text().splitlines())] == [5, 10, 15]
+
+
+def test_no_line_of_the_log_is_there_twice(tmp_path):
+    """The lines after the last checkpoint are written again; those of other stages stay."""
+    run = small_run(tmp_path, every=1, save_every=1e9)
+    run.note(stage="other", step=50)
+    with pytest.raises(DataError):  # only the second step was saved, as the best one
+        losses = iter([2.0, 1.0] + [3.0] * 9)
+        train_small(tmp_path, stopping_at(11), lambda task: {"unseen": next(losses)}, run=run)
+    assert load_notes(tmp_path / "small.safetensors")["step"] == "2" and len(run.lines()) == 12
+    train_small(tmp_path, run=run)
+    assert [line["step"] for line in run.lines()] == [50, *range(1, 21)]
+
+
+def test_unknown_precision_and_device():
+    with pytest.raises(LDMError, match="bf16"):
+        make_accelerator("cpu", "fp8")
+    with pytest.raises(LDMError, match="cuda"):
+        make_accelerator("tpu")
+    with pytest.raises(LDMError, match="GPU"):
+        make_accelerator("cpu", "fp16")
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp64"])
+def test_other_precisions_train(precision, tmp_path):
+    """Weights stay in float32 where computation is in bfloat16; all is in float64 where that is asked for."""
+    expected = train_small(tmp_path / "fp32")
+    got = train_small(tmp_path / precision, run=small_run(tmp_path / precision, precision=precision))
+    assert all(value.dtype == (torch.float64 if precision == "fp64" else torch.float32) for value in got.values())
+    assert differences(expected, got)
+    for name, value in expected.items():
+        torch.testing.assert_close(got[name].float(), value, rtol=0, atol=2e-2 if precision == "bf16" else 1e-4)
+
+
+# Latents -------------------------------------------------------------------------------------------------------------
+
+
+def test_latents_are_made_once_for_each_first_stage_and_pictures(tmp_path, monkeypatch):
+    made, whole = [], training.encode_all
+    monkeypatch.setattr(training, "encode_all", lambda *args: made.append(args[3]) or whole(*args))
+    cpu, path = make_accelerator("cpu", "fp32"), tmp_path / "latents" / "train.safetensors"
+    pictures = cached(ToyCOCO(size=16, keys=("image", "captions")), tmp_path / "a", 70)
+    others = cached(ToyCOCO(size=16, seed=1, keys=("image", "captions")), tmp_path / "b", 70)
+    torch.manual_seed(0)
+    first_stage = AutoencoderKL(8, (1, 2), 1, 4, True, 4).eval()
+    mean, logvar = cached_latents(path, first_stage, pictures, cpu)
+    assert mean.shape == logvar.shape == (70, 4, 8, 8) and made == [70]
+    with torch.no_grad():
+        posterior = first_stage.posterior(pictures.images([69, 3]))
+    torch.testing.assert_close(mean[[69, 3]], posterior.mean, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(DiagonalGaussian(mean, logvar).std[[69, 3]], posterior.std, rtol=1e-4, atol=1e-5)
+
+    again = cached_latents(path, first_stage, pictures, cpu)
+    assert torch.equal(again[0], mean) and torch.equal(again[1], logvar) and made == [70]
+    assert len(cached_latents(path, first_stage, pictures, cpu, 5)[0]) == 5 and made == [70, 5]
+    assert torch.equal(cached_latents(path, first_stage, pictures, cpu)[0], mean) and made == [70, 5, 70]
+    assert not torch.equal(cached_latents(path, first_stage, others, cpu)[0], mean) and made == [70, 5, 70, 70]
+    cached_latents(path, first_stage, others, cpu)
+    assert len(made) == 4
+    first_stage.encoder.conv_in.weight.data[0, 0, 0, 0] += 0.1
+    cached_latents(path, first_stage, others, cpu)
+    assert len(made) == 5
+    path.write_bytes(path.read_bytes()[:-7])  # damaged: it can be made again, so it is
+    cached_latents(path, first_stage, others, cpu)
+    cached_latents(path, first_stage, others, cpu)
+    assert len(made) == 6
+
+
+# Whole runs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """An undisturbed run."""
+    folder = tmp_path_factory.mktemp("runs") / "straight"
+    return folder, cook(folder)
+
+
+def test_the_run_folder_tells_what_was_done(finished):
+    folder, model = finished
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        (stage, step) for stage in ("first_stage", "diffusion") for step in (3, 6)
+    ]
+    assert all({"step", "loss", "images_per_second", "waiting", "seconds", "unseen"} <= set(line) for line in lines)
+    assert recipe_from_dict(json.loads((folder / "recipe.json").read_text())) == tiny()
+    for name in ("loss.png", "samples/first_stage-000006.png", "samples/diffusion-000006.png"):
+        Image.open(folder / name).verify()
+    notes = load_notes(folder / "diffusion.safetensors")
+    assert {"recipe", "pictures", "torch", "ldm_edu", "python", "accelerate"} <= set(notes) and notes["step"] == "6"
+
+
+def test_the_model_is_the_average(finished):
+    folder, model = finished
+    loaded = LatentDiffusion.from_pretrained(folder / "model")
+    assert torch.equal(loaded.sample("a big red ball", steps=2), model.sample("a big red ball", steps=2))
+    assert loaded.made["diffusion"]["steps"] == 6 and recipe_from_dict(loaded.made["recipe"]) == tiny()
+    for stage, prefix, part in (
+        ("first_stage", "ema.model.", "first_stage"),
+        ("diffusion", "ema.unet.", "unet"),
+        ("diffusion", "ema.conditioner.", "conditioner"),
+    ):
+        kept = load_tensors(folder / f"{stage}.safetensors")
+        average = {name.removeprefix(prefix): value for name, value in kept.items() if name.startswith(prefix)}
+        assert not differences(average, load_tensors(folder / "model" / part / "model.safetensors"))
+
+
+def test_a_finished_run_can_be_resumed(finished, tmp_path):
+    """It says the same again."""
+    shutil.copytree(finished[0], tmp_path / "run")
+    cook(tmp_path / "run")
+    assert not differences(weights(finished[0]), weights(tmp_path / "run"))
+
+
+def test_a_folder_with_a_run_is_not_overwritten(finished):
+    folder, _ = finished
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(LDMError, match="already holds a run"):
+        cook(folder, resume=False)
+    with pytest.raises(LDMError, match=r"\(first_stage\.training\.steps was 6 and is 7, diffusion\.training\.steps"):
+        cook(folder, tiny(7))
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "changed, told",
+    [
+        (replace(tiny(), seed=1), "seed was 0 and is 1"),
+        (of_stages(tiny(), lr=0.001), "first_stage.training.lr was 0.003 and is 0.001"),
+        (replace(tiny(), diffusion=replace(tiny().diffusion, text=None)), "diffusion.text.dim was 32 and is None"),
+        (replace(tiny(), first_stage=replace(tiny().first_stage, multipliers=(1,))), r"was \(1, 2\) and is \(1,\)"),
+        (find_recipe("scene-reader"), "kind was 'diffusion model' and is 'scene reader'"),
+    ],
+)
+def test_a_recipe_that_changed_is_named(changed, told, tmp_path):
+    open_run(tmp_path / "run", tiny(), resume=False)
+    with pytest.raises(LDMError, match=told):
+        open_run(tmp_path / "run", changed, resume=True)
+    assert open_run(tmp_path / "run", tiny(), resume=True)
+
+
+@pytest.mark.parametrize("left", ["log.jsonl", "recipe.json", "diffusion.safetensors", "scene-reader.best.safetensors"])
+def test_any_sign_of_a_run_protects_its_folder(left, tmp_path):
+    (tmp_path / left).write_text("something")
+    with pytest.raises(LDMError, match=f"already holds a run .*{left}"):
+        open_run(tmp_path, tiny(), resume=False)
+
+
+def test_resume_needs_a_run(tmp_path):
+    with pytest.raises(LDMError, match="no run"):
+        cook(tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
+
+
+def test_leftovers_of_a_killed_save_are_removed(tmp_path):
+    folder = open_run(tmp_path / "run", tiny(), resume=False)
+    leftovers = [folder / ".loss.png.123", folder / "model" / "unet" / ".model.safetensors.4567"]
+    others = [folder / ".keep", folder / ".notes.txt", folder / "model" / "v1.123"]
+    for path in leftovers + others:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("something")
+    open_run(folder, tiny(), resume=True)
+    assert not any(path.exists() for path in leftovers) and all(path.exists() for path in others)
+
+
+def test_batches_that_cannot_be_shared_are_refused_before_anything_is_done(tmp_path, monkeypatch):
+    """All stages', since the second would come after hours."""
+    check_shares(Training(steps=1, batch_size=12, lr=1e-3, accumulate=2), 3)
+    for n, accumulate in ((5, 1), (3, 6), (4, 2)):
+        with pytest.raises(LDMError, match=f"batch_size=12 .*multiple of {n * accumulate}"):
+            check_shares(Training(steps=1, batch_size=12, lr=1e-3, accumulate=accumulate), n)
+    whole = make_accelerator
+
+    def of_three(*args):
+        accelerator = whole(*args)
+        monkeypatch.setattr(type(accelerator), "num_processes", 3)
+        return accelerator
+
+    monkeypatch.setattr(training, "make_accelerator", of_three)
+    recipe = tiny(batch_size=3)
+    recipe = replace(recipe, diffusion=replace(recipe.diffusion, training=stages(tiny(batch_size=4))[1]))
+    with pytest.raises(LDMError, match="batch_size=4 cannot be shared by 3 processes"):
+        begin(recipe, tmp_path / "run", "cpu", "fp32")
+    assert not (tmp_path / "run").exists()
+
+
+# Data that vanish ----------------------------------------------------------------------------------------------------
+
+
+def draw_faces(folder: Path, n: int = 12) -> Path:
+    """CelebA's folder, with noise for faces: two thirds for training, a third for validation."""
+    pictures = folder / "celeba" / "img_align_celeba"
+    pictures.mkdir(parents=True)
+    names = [f"{i:06d}.jpg" for i in range(1, n + 1)]
+    rng = np.random.default_rng(0)
+    for name in names:
+        Image.fromarray(rng.integers(0, 255, (218, 178, 3), dtype=np.uint8)).save(pictures / name)
+    rows = "".join(f"{name} {1 if i % 2 else -1}\n" for i, name in enumerate(names))
+    (pictures.parent / "list_attr_celeba.txt").write_text(f"{n}\nSmiling\n{rows}")
+    parts = "".join(f"{name} {int(i >= 2 * n // 3)}\n" for i, name in enumerate(names))
+    (pictures.parent / "list_eval_partition.txt").write_text(parts)
+    return folder
+
+
+def of_faces():
+    recipe = tiny(1, images=None)
+    return replace(recipe, dataset="celeba", diffusion=replace(recipe.diffusion, text=None))
+
+
+def test_a_picture_that_vanishes_before_it_is_read_is_named(tmp_path, monkeypatch):
+    data, whole = draw_faces(tmp_path / "data"), training.cached
+
+    def too_late(dataset, *args):
+        dataset.files[5].unlink(missing_ok=True)
+        return whole(dataset, *args)
+
+    monkeypatch.setattr(training, "cached", too_late)
+    with pytest.raises(DataError, match=r"000006\.jpg"):
+        cook(tmp_path / "run", of_faces(), data_dir=data)
+
+
+@pytest.fixture(scope="module")
+def faces(tmp_path_factory):
+    """A run on such faces, and their folder."""
+    folder = tmp_path_factory.mktemp("faces")
+    data = draw_faces(folder / "data")
+    cook(folder / "run", of_faces(), data_dir=data)
+    return folder
+
+
+def test_a_run_does_not_go_on_with_other_pictures(faces, tmp_path):
+    shutil.copytree(faces, tmp_path / "here")
+    run, data = tmp_path / "here" / "run", tmp_path / "here" / "data"
+    before = (run / "diffusion.safetensors").read_bytes()
+    (data / "celeba" / "img_align_celeba" / "000003.jpg").unlink()
+    with pytest.raises(CheckpointError, match=r"first_stage\.safetensors was made with other pictures"):
+        cook(run, of_faces(), data_dir=data)
+    assert (run / "diffusion.safetensors").read_bytes() == before
+
+
+def test_the_same_pictures_copied_elsewhere_will_do(faces, tmp_path):
+    """Times of files do not matter; what is in them does."""
+    shutil.copytree(faces, tmp_path / "here", copy_function=shutil.copyfile)
+    cook(tmp_path / "here" / "run", of_faces(), data_dir=tmp_path / "here" / "data")
+
+
+def test_data_that_are_gone_are_named(faces, tmp_path):
+    shutil.copytree(faces, tmp_path / "here")
+    run, data = tmp_path / "here" / "run", tmp_path / "here" / "data"
+    (images,) = (run / "cache").glob("celeba-train-*/images.npy")
+    images.unlink()
+    with pytest.raises(DataError, match=f"{images.parent}.*delete"):
+        cook(run, of_faces(), data_dir=data)
+    shutil.rmtree(images.parent)  # as it says
+    cook(run, of_faces(), data_dir=data)
+    shutil.rmtree(data)
+    with pytest.raises(DataError, match=str(data)):
+        cook(run, of_faces(), data_dir=data)
+
+
+# Recipes -------------------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes_survive_json(name):
     recipe = find_recipe(name)
@@ -185,6 +657,14 @@ def test_recipes_survive_json(name):
 
 
 def test_nonsense_in_a_recipe_is_refused():
-    for bad in (dict(steps=0), dict(batch_size=0), dict(ema=1.0), dict(warmup=-1)):
-        with pytest.raises(LDMError, match=next(iter(bad))):
-            Training(**(dict(steps=1, batch_size=1, lr=1e-3) | bad))
+    nonsense = [{"steps": 0}, {"batch_size": 0}, {"ema": 1.0}, {"warmup": -1}, {"images": 0}, {"accumulate": 0}]
+    for bad in [*nonsense, {"batch_size": 6, "accumulate": 4}, {"keep": "first"}]:
+        with pytest.raises(LDMError, match=list(bad)[-1]):
+            Training(**({"steps": 1, "batch_size": 1, "lr": 1e-3} | bad))
+
+
+def test_text_is_refused_where_the_data_have_none(tmp_path):
+    recipe = replace(tiny(), dataset="celeba")
+    with pytest.raises(LDMError, match="no captions"):
+        train(recipe, tmp_path / "run", draw_faces(tmp_path / "data"), **HOW)
+    assert not (tmp_path / "run").exists()

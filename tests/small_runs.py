@@ -1,0 +1,108 @@
+"""A recipe so small that a run can be killed ten times in one test, and processes that cook it and can be killed."""
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_edu.recipes import DiffusionRecipe, FirstStageRecipe, Recipe, TextRecipe, Training
+from ldm_edu.settings import load_tensors
+from ldm_edu.training import train
+
+PARTS = ("first_stage", "unet", "conditioner")
+
+
+def tiny(steps: int = 6, batch_size: int = 4, **training: Any) -> Recipe:
+    """Both stages and text, with as little of everything as there can be; `training` is for both stages."""
+    how = Training(**({"steps": steps, "batch_size": batch_size, "lr": 3e-3, "warmup": 2, "images": 24} | training))
+    return Recipe(
+        name="tiny",
+        about="as little of everything as there can be",
+        dataset="toy",
+        size=16,
+        first_stage=FirstStageRecipe(how, channels=8, multipliers=(1, 2), groups=4),
+        diffusion=DiffusionRecipe(
+            how, channels=32, multipliers=(1,), blocks=1, attention_factors=(1,), text=TextRecipe(dim=32, depth=1)
+        ),
+    )
+
+
+def of_stages(recipe: Recipe, **training: Any) -> Recipe:
+    """The recipe with some fields of both stages' training replaced."""
+    stages = (recipe.first_stage, recipe.diffusion)
+    first, second = (replace(stage, training=replace(stage.training, **training)) for stage in stages)
+    return replace(recipe, first_stage=first, diffusion=second)
+
+
+# How the small runs are done: a line in the log every third step, pictures at the end, a checkpoint after each step.
+HOW = {"device": "cpu", "precision": "fp32", "every": 3, "looks": 1, "save_every": 0.0}
+
+
+def cook(folder: Path, recipe: Recipe | None = None, **how: Any):
+    """`tiny`, or another recipe, on one thread; goes on with what the folder holds, if it holds a run."""
+    torch.set_num_threads(1)
+    resume = (folder / "recipe.json").exists()
+    return train(recipe or tiny(), folder, **(HOW | {"resume": resume} | how))
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Everything in a run's folder that must not depend on interruptions: model, both checkpoints of both stages."""
+    found = {f"model/{part}": load_tensors(folder / "model" / part / "model.safetensors") for part in PARTS}
+    found |= {path.name: load_tensors(path) for path in folder.glob("*.safetensors")}
+    named = {f"{file}: {name}": value for file, tensors in found.items() for name, value in tensors.items()}
+    return {name: value for name, value in named.items() if not name.endswith(": seconds")}
+
+
+def differences(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """Names of tensors that are not the same to the last bit."""
+    return [name for name in sorted(a | b) if not (name in a and name in b and torch.equal(a[name], b[name]))]
+
+
+class Child:
+    """A process of its own that runs `target(*args)`; what it writes goes to `output`.
+
+    It is forked from a server that has imported the package already, so that starting one costs little."""
+
+    def __init__(self, target: Callable[..., Any], *args: Any, output: Path):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["ldm_edu.training"])
+        self.output = output
+        self.process = context.Process(target=run_here, args=(output, target, args), daemon=True)
+        self.process.start()
+
+    def signal(self, number: int) -> None:
+        """Send it a signal, if it still lives."""
+        if self.process.is_alive():
+            os.kill(self.process.pid, number)
+
+    def wait(self, timeout: float = 300.0) -> int:
+        """Its exit code; negative: the signal that ended it."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"still running after {timeout} s; it said: {self.said()}")
+        return self.process.exitcode
+
+    def wait_until(self, condition: Callable[[], bool], timeout: float = 300.0) -> None:
+        """Until the condition holds, or the process has ended."""
+        end = time.monotonic() + timeout
+        while self.process.is_alive() and not condition():
+            assert time.monotonic() < end, f"waited {timeout} s in vain; the process said: {self.said()}"
+            time.sleep(0.005)
+
+    def said(self) -> str:
+        """What it wrote to stdout and stderr so far."""
+        return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+
+def run_here(output: Path, target: Callable[..., Any], args: tuple) -> None:
+    """In the new process: send its output to a file and call what it is for."""
+    file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    target(*args)

@@ -1,0 +1,123 @@
+"""Training the judge and the features: data, randomness, resume, and what is written down."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ldm_edu import LatentDiffusion, ToyCOCO
+from ldm_edu.judge import SceneReader
+from ldm_edu.judge_training import (
+    cook,
+    named_right,
+    reader_draws,
+    reader_scores,
+    targets_of,
+    through,
+    train_features,
+    train_reader,
+    unpacked,
+)
+from ldm_edu.metrics import ToyFeatures, thing_targets
+from ldm_edu.recipes import SCENE_READER, TOY_FEATURES, find_recipe
+from ldm_edu.settings import load_tensors
+
+
+def tiny(recipe, steps: int = 4):
+    narrow = {"scene-reader": (8, 8, 16), "toy-features": (8, 16)}[recipe.name]
+    training = replace(recipe.training, steps=steps, batch_size=4, images=16)
+    return replace(recipe, channels=narrow, training=training)
+
+
+def test_randomness_belongs_to_the_sample():
+    whole = reader_draws(0, 3, [5, 2, 9], (4, 8, 8))
+    alone = reader_draws(0, 3, [2], (4, 8, 8))
+    assert all(torch.equal(whole[name][1:2], alone[name]) for name in whole)
+    assert not torch.equal(reader_draws(0, 4, [2], (4, 8, 8))["noise"], alone["noise"])
+
+
+def test_the_share_that_goes_through_a_first_stage_is_the_share_asked_for():
+    stage = LatentDiffusion.from_pretrained("toy-text2image").first_stage
+    images, noise = torch.rand(16, 3, 64, 64) * 2 - 1, torch.zeros(16, 4, 8, 8)
+    u = torch.stack([torch.arange(16) / 16, torch.zeros(16), torch.zeros(16)], 1)
+    out = through([stage], images, u, noise, share=0.25, most=0.0)
+    changed = (out != images).flatten(1).any(1)
+    assert changed.tolist() == [True] * 4 + [False] * 12
+    with torch.no_grad():
+        torch.testing.assert_close(out[:4], stage.reconstruct(images[:4]).clamp(-1, 1))
+
+
+def test_targets_survive_being_kept_small():
+    scenes = [ToyCOCO("test").describe(i)[0] for i in range(8)]
+    kept = unpacked(targets_of(scenes), [3, 0])
+    assert kept["shape"].shape == (2, 3) and kept["segmentation"].dtype == torch.int64
+    assert int((kept["shape"][0] >= 0).sum()) == len(scenes[3].things)
+
+
+@pytest.mark.parametrize("recipe, train", [(SCENE_READER, train_reader), (TOY_FEATURES, train_features)])
+def test_a_run_that_was_stopped_ends_with_the_same_weights(recipe, train, tmp_path, monkeypatch):
+    import ldm_edu.judge_training as module
+
+    how = {"device": "cpu", "precision": "fp32", "every": 2, "cache_dir": tmp_path / "cache"}
+    monkeypatch.setattr(module, "reader_scores", lambda reader, stages, n=1024: {"drawn": "not asked here"})
+    straight = train(tiny(recipe), tmp_path / "straight", **how)
+    whole = module.order
+
+    def mortal(seed, step, batch_size, n):
+        if step == 3:
+            raise RuntimeError("the power goes")
+        return whole(seed, step, batch_size, n)
+
+    monkeypatch.setattr(module, "order", mortal)
+    with pytest.raises(RuntimeError, match="power"):
+        train(tiny(recipe), tmp_path / "broken", save_every=0.0, **how)
+    monkeypatch.setattr(module, "order", whole)
+    resumed = train(tiny(recipe), tmp_path / "broken", resume=True, **how)
+    a, b = straight.state_dict(), resumed.state_dict()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    on_disk = load_tensors(tmp_path / "broken" / "model" / "model.safetensors")
+    assert all(torch.equal(on_disk[name], a[name]) for name in a)
+
+
+def test_what_was_measured_is_in_the_config(tmp_path):
+    reader = train_reader(tiny(SCENE_READER), tmp_path / "run", judged_on=8, device="cpu", every=2)
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert config["made"]["steps"] == 4 and set(config["made"]["scores"]) == {
+        "drawn",
+        "unseen pairs",
+        "reconstructions",
+    }
+    assert SceneReader.from_pretrained(tmp_path / "run" / "model").made["scores"] == reader.made["scores"]
+
+
+def test_an_untrained_judge_reads_nothing_right():
+    scores = reader_scores(SceneReader((8, 8, 8)).eval(), {}, n=8)
+    assert scores["drawn"].startswith("0.0 %") and "n = 0" in scores["reconstructions"]
+
+
+def test_naming_counts_presence_and_absence_apart():
+    class Known(torch.nn.Module):
+        def __init__(self, logits):
+            super().__init__()
+            self.logits = logits
+
+        def forward(self, x):
+            return self.logits
+
+    scenes = [ToyCOCO("test").describe(i)[0] for i in range(30)]
+    things = torch.cat([thing_targets(scenes), torch.zeros(30, 48)])
+    attributes = torch.cat([torch.zeros(30, 4), (torch.rand(30, 4) > 0.5).float()])
+    batch = {"image": torch.zeros(60, 3, 64, 64), "things": things, "attributes": attributes,
+             "scene": torch.cat([torch.ones(30), torch.zeros(30)])}  # fmt: skip
+    right = {"things": things * 2 - 1, "attributes": attributes * 2 - 1}
+    nothing = {"things": -torch.ones_like(things), "attributes": -torch.ones_like(attributes)}
+    assert named_right(Known(right), batch) == {"things": 1.0, "attributes": 1.0}
+    assert named_right(Known(nothing), batch) == {"things": 0.5, "attributes": 0.5}
+
+
+def test_cook_finds_the_right_pot(tmp_path):
+    features = cook(tiny(TOY_FEATURES, 1), tmp_path / "features", device="cpu")
+    assert isinstance(features, ToyFeatures) and features.made["recipe"]["kind"] == "toy features"
+    demo = find_recipe("toy-demo").shortened(1)
+    assert isinstance(cook(demo, tmp_path / "demo", device="cpu"), LatentDiffusion)

@@ -1,0 +1,131 @@
+"""Several processes: the weights of one, a batch that is shared out, and one signal that stops all."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+from small_runs import Child, cook, of_stages, tiny, weights
+
+import ldm_edu.training as training
+from ldm_edu.settings import load_notes
+from ldm_edu.training import order
+
+# What each of the processes runs: as a script, since that is what `accelerate launch` starts.
+SCRIPT = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import test_processes
+
+if __name__ == "__main__":
+    test_processes.cook_and_tell({folder!r})
+"""
+
+
+def cook_and_tell(folder: str, **training_options) -> None:
+    """Twenty steps of both stages in float64; writes down which samples this process has drawn noise for."""
+    from pathlib import Path
+
+    whole, told, rank = training.draws, [], os.environ.get("RANK", "0")
+
+    def draws(seed, step, indices, *args):
+        told.append([seed, step, list(indices)])
+        return whole(seed, step, indices, *args)
+
+    training.draws = draws
+    cook(Path(folder), of_stages(tiny(20), **training_options), precision="fp64", every=20, looks=0, save_every=1e9)
+    Path(f"{folder}.{rank}.json").write_text(json.dumps(told))
+
+
+def cook_in_pieces(folder: str) -> None:
+    cook_and_tell(folder, accumulate=4)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder of a run in one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    child = Child(cook_and_tell, str(folder), output=folder.parent / "output")
+    assert child.wait(600) == 0, child.said()
+    return folder
+
+
+def furthest(a, b) -> float:
+    """The largest difference of any number in two runs' folders."""
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys() and any("diffusion" in name for name in left)
+    return max((left[name].double() - right[name].double()).abs().max().item() for name in left)
+
+
+def test_two_processes_give_the_weights_of_one(alone, tmp_path):
+    """Both stages, their averages and the optimiser's memory; each process has computed half of every batch."""
+    folder, script = tmp_path / "run", tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=os.path.dirname(__file__), folder=str(folder)))
+    launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines=1"]
+    launch += ["--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"]
+    done = subprocess.run(
+        [*launch, str(script)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=1200,
+    )
+    assert done.returncode == 0, done.stderr
+    assert furthest(alone, folder) < 1e-8
+    shares = [json.loads((tmp_path / f"run.{rank}.json").read_text()) for rank in (0, 1)]
+    for seed in (0, 1):  # of the first stage and of the diffusion model
+        for step in range(20):
+            (mine,), (theirs,) = (
+                [i for s, k, i in share if (s, k) == (seed, step) and len(i) == 2] for share in shares
+            )
+            batch = order(seed, step, 4, 24)
+            assert sorted(mine + theirs) == sorted(batch) and mine == batch[::2]
+    (a, b) = ([json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (alone, folder))
+    for one, other in zip(a, b, strict=True):  # the log speaks of whole batches, too
+        assert one["step"] == other["step"] and one["loss"] == pytest.approx(other["loss"], rel=1e-10)
+
+
+def test_a_batch_in_pieces_gives_the_same_weights(alone, tmp_path):
+    folder = tmp_path / "run"
+    child = Child(cook_in_pieces, str(folder), output=tmp_path / "output")
+    assert child.wait(600) == 0, child.said()
+    assert furthest(alone, folder) < 1e-10
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def cook_as_one_of_two(folder, rank: int, port: int, recipe) -> None:
+    """What `accelerate launch` would tell a process, and then a run of far too many steps."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    cook(folder, recipe, save_every=1e9)
+
+
+def test_one_signal_stops_both(tmp_path):
+    """Ctrl-C, to the one that does not save; the other one saves."""
+    folder, port = tmp_path / "run", free_port()
+    pair = [
+        Child(cook_as_one_of_two, folder, rank, port, tiny(2000), output=tmp_path / f"output{rank}") for rank in (0, 1)
+    ]
+    pair[0].wait_until(lambda: (folder / "log.jsonl").exists())
+    pair[1].signal(signal.SIGINT)
+    for child in pair:
+        assert child.wait() == 1 and "first_stage stopped after step" in child.said(), child.said()
+    assert int(load_notes(folder / "first_stage.safetensors")["step"]) >= 3
+
+
+def test_two_processes_refuse_a_batch_that_they_cannot_share(tmp_path):
+    folder, port = tmp_path / "run", free_port()
+    recipe = tiny(batch_size=3)
+    pair = [Child(cook_as_one_of_two, folder, rank, port, recipe, output=tmp_path / f"output{rank}") for rank in (0, 1)]
+    for child in pair:
+        assert child.wait() == 1 and "batch_size=3 cannot be shared by 2 processes" in child.said(), child.said()
+    assert not folder.exists()

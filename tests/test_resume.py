@@ -1,0 +1,166 @@
+"""A run that is interrupted, however and whenever, ends with the bits of one that is not; so do log and folder."""
+
+import json
+import os
+import random
+import re
+import signal
+import time
+
+import pytest
+from small_runs import Child, cook, differences, weights
+
+import ldm_edu.settings as settings
+import ldm_edu.training as training
+from ldm_edu.settings import CheckpointError, load_notes
+
+SEED = int(os.environ.get("LDM_EDU_TEST_SEED", random.SystemRandom().randrange(10**6)))  # of the moments of death
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """The folder of an undisturbed run."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    child = Child(cook, folder, output=folder.parent / "output")
+    assert child.wait() == 0, child.said()
+    return folder
+
+
+def log(folder):
+    """The log's lines, with what does not depend on the clock, or on when the mean of the loss was begun anew."""
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{k: line[k] for k in ("stage", "step", "unseen", "psnr") if k in line} for line in lines]
+
+
+def files(folder):
+    """All files of a run but the pictures' cache, hidden ones too."""
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return {name for name in found if not name.startswith("cache")}
+
+
+def assert_same_run(folder, straight):
+    """Weights, averages, optimiser, log, pictures and list of files are those of the undisturbed run."""
+    assert not differences(weights(straight), weights(folder))
+    assert log(folder) == log(straight)
+    assert files(folder) == files(straight)
+    for picture in sorted((straight / "samples").iterdir()):
+        assert (folder / "samples" / picture.name).read_bytes() == picture.read_bytes()
+
+
+# Deaths ------------------------------------------------------------------------------------------------------------
+
+
+def die() -> None:
+    """Now, without a word to anybody."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_write(folder, k: int) -> None:
+    """Cook, and die when half of the k-th safetensors file is written."""
+    whole, written = settings.save_file, []
+
+    def half(tensors, path, metadata=None):
+        whole(tensors, path, metadata=metadata)
+        written.append(path)
+        if len(written) == k:
+            os.truncate(path, path.stat().st_size // 2)
+            die()
+
+    settings.save_file = half
+    cook(folder)
+
+
+def die_at_rename(folder, k: int) -> None:
+    """Cook, and die between the k-th temporary file and its new name."""
+    whole, done = os.replace, []
+
+    def never(source, target):
+        done.append(target)
+        if len(done) == k:
+            die()
+        whole(source, target)
+
+    os.replace = never
+    cook(folder)
+
+
+def steps_done(folder) -> int:
+    """The steps of both stages that are in checkpoints."""
+    done = 0
+    for stage in ("first_stage", "diffusion"):
+        try:
+            done += int(load_notes(folder / f"{stage}.safetensors")["step"])
+        except CheckpointError:  # not there yet
+            pass
+    return done
+
+
+def test_killed_at_ten_random_moments(straight, tmp_path):
+    """SIGKILL: six times from outside at any moment, four times in the middle of a save, two of them half-way through
+    the file and two before it takes its name."""
+    print(f"LDM_EDU_TEST_SEED={SEED}")
+    rng, folder, output = random.Random(SEED), tmp_path / "run", tmp_path / "output"
+    plan = [None] * 6 + [die_at_write] * 2 + [die_at_rename] * 2
+    rng.shuffle(plan)
+    marks = sorted(rng.uniform(0, 9.5) for _ in plan)  # of the twelve steps
+    for mark, death in zip(marks, plan):
+        if death is None:
+            child = Child(cook, folder, output=output)
+            child.wait_until(lambda: steps_done(folder) >= int(mark) and rng.random() < 0.3)
+            time.sleep(rng.uniform(0, 0.1))
+            child.signal(signal.SIGKILL)
+        else:
+            child = Child(death, folder, rng.randint(1, 4), output=output)
+        assert child.wait() == -signal.SIGKILL, child.said()
+        print(f"{death.__name__ if death else 'killed'} with {steps_done(folder)} steps saved")
+    child = Child(cook, folder, output=output)
+    assert child.wait() == 0, child.said()
+    assert_same_run(folder, straight)
+
+
+# Signals that can be heard -------------------------------------------------------------------------------------------
+
+
+def cook_patiently(folder) -> None:
+    """Cook without a checkpoint at each step: what is kept is kept because of the signal."""
+    cook(folder, save_every=1e9)
+
+
+def lines_written(folder) -> int:
+    return (folder / "log.jsonl").read_text().count("\n") if (folder / "log.jsonl").exists() else 0
+
+
+@pytest.mark.parametrize("number, stage", [(signal.SIGINT, "first_stage"), (signal.SIGTERM, "diffusion")])
+def test_stopped_by_a_signal(number, stage, straight, tmp_path):
+    """Ctrl-C, and what a cluster sends: the step is finished, saved, and gone on from."""
+    print(f"LDM_EDU_TEST_SEED={SEED}")
+    folder, output = tmp_path / "run", tmp_path / "output"
+    child = Child(cook_patiently, folder, output=output)
+    child.wait_until(lambda: lines_written(folder) >= (1 if stage == "first_stage" else 3))
+    time.sleep(random.Random(SEED).uniform(0, 0.1))
+    child.signal(number)
+    assert child.wait() == 1, child.said()
+    told = re.search(r"KeyboardInterrupt: (\w+) stopped after step (\d), and saved", child.said())
+    assert told, child.said()
+    assert told[1] == stage and told[2] == load_notes(folder / f"{stage}.safetensors")["step"]
+    child = Child(cook_patiently, folder, output=output)
+    assert child.wait() == 0, child.said()
+    assert_same_run(folder, straight)
+
+
+def cook_and_halt_twice(folder) -> None:
+    """A second Ctrl-C while the first is still waiting for the end of the step."""
+
+    def impatient(run, stage, state, look):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(60)
+
+    training.show_progress = impatient
+    cook(folder)
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    child = Child(cook_and_halt_twice, tmp_path / "run", output=tmp_path / "output")
+    assert child.wait() == 1 and "and saved" not in child.said()
+    assert steps_done(tmp_path / "run") == 5  # the sixth is where it happened
