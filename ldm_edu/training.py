@@ -730,7 +730,7 @@ def check_fit(recipe: Recipe, sample: Mapping[str, Any]) -> None:
     if task.conditioner is not None:
         task.conditioner.tokenizer.encode(sample["caption"])
 
-# %% ../nbs/15_training.ipynb #7b78c9ac
+# %% ../nbs/15_training.ipynb #1775fe83
 def count(training: Training, pictures: ImageCache) -> int:
     "How many of the pictures a stage is trained on."
     return len(pictures) if training.images is None else min(training.images, len(pictures))
@@ -777,7 +777,8 @@ def made(run: Run, training: Training, seconds: float, scores: Mapping[str, Any]
     "How a network was made, for its checkpoint's config."
     device = run.accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    where = name if device.type == "cuda" else f"{name} ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    where = name if device.type == "cuda" else f"{name} ({threads} thread{'s' * (threads > 1)})"
     rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in scores.items()}
     return {"steps": training.steps, "seconds": round(seconds), "device": where,
             "precision": run.accelerator.precision, **rounded}  # fmt: skip

@@ -78,18 +78,16 @@ def reader() -> SceneReader:
     return SceneReader.from_pretrained("scene-reader")
 
 
-def test_the_judge_reads_scenes_and_their_reconstructions(model, reader):
-    """99 % of drawn scenes of either split without any error, 97 % of all after the first stage, as its config says."""
-    mangled = []
-    for split in ("test", "unseen"):
-        data = ToyCOCO(split, length=512)
-        x = torch.cat([collate(data.__getitems__(range(i, i + 64)))["image"] for i in range(0, 512, 64)])
-        scenes = [data.describe(i)[0] for i in range(512)]
-        with torch.no_grad():
-            back = torch.cat([model.first_stage.reconstruct(part).clamp(-1, 1) for part in x.split(64)])
-        assert reader_accuracy(reader, x, scenes).share >= 0.99
-        mangled.append(reader_accuracy(reader, back, scenes))
-    assert sum(m.right for m in mangled) / sum(m.n for m in mangled) >= 0.97
+@pytest.mark.parametrize("split", ["test", "unseen"])
+def test_the_judge_reads_scenes_and_their_reconstructions(model, reader, split):
+    """99 % of unseen drawn scenes without any error, and 97 % after the first stage, of either split."""
+    data, n = ToyCOCO(split, length=2048), 2048  # of 512, one scene more or less is 0.2 %
+    scenes = [data.describe(i)[0] for i in range(n)]
+    x = torch.cat([collate(data.__getitems__(range(i, i + 64)))["image"] for i in range(0, n, 64)])
+    with torch.no_grad():
+        back = torch.cat([model.first_stage.reconstruct(part) for part in x.split(64)])
+    assert reader_accuracy(reader, x, scenes).share >= 0.99
+    assert reader_accuracy(reader, back, scenes).share >= 0.97
 
 
 def test_the_judge_sees_what_and_how_far(reader):
