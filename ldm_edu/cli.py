@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['app', 'Device', 'Out', 'CAPTIONS', 'SCALES', 'Commands', 'about', 'chosen_device', 'writable', 'recipes', 'sample',
-           'consent', 'data', 'train', 'again', 'evaluate', 'lab', 'demo_figure', 'demo']
+           'consent', 'data', 'train', 'again', 'evaluate', 'reconstruct', 'lab', 'demo_figure', 'demo']
 
-# %% ../nbs/17_cli.ipynb #8844333d
+# %% ../nbs/17_cli.ipynb #cd8bcd64
 import shlex
 import subprocess
 import sys
@@ -23,10 +23,13 @@ from torch import Tensor
 
 from .display import grid, save, to_pil
 from .download import TERMS, accept, accepted, download_celeba, download_coco, home
+from .data import open_dataset
+from .evaluation import captions_of, choose_scale, score_first_stage, score_prompts
 from .latent_diffusion import LatentDiffusion
-from .evaluation import choose_scale, score_prompts, captions_of
 from .judge import SceneReader
 from .judge_training import cook
+from .metrics import LPIPS, ToyFeatures
+from .quantization import load_first_stage
 from .recipes import RECIPES, Recipe, find_recipe
 from .settings import LDMError, load_json, load_settings, pick_device, save_json
 
@@ -68,12 +71,12 @@ def writable(out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     return out
 
-# %% ../nbs/17_cli.ipynb #55f68d8e
+# %% ../nbs/17_cli.ipynb #db1885e9
 @app.command()
 def recipes() -> None:
     "List the recipes that `train` knows."
     for recipe in RECIPES.values():
-        typer.echo(f"{recipe.name:16s} {recipe.about} ({recipe.steps} steps)")
+        typer.echo(f"{recipe.name:16s} {recipe.about} ({recipe.steps:,} steps)")
 
 # %% ../nbs/17_cli.ipynb #e990cda6
 @app.command()
@@ -134,7 +137,7 @@ def data(
     typer.echo(f"{name} is in {root}; `dataset = {name}` in settings.ini makes the notebooks use it")
     typer.echo(f"{root / 'downloads'} holds what was fetched: a larger subset can be made from it, else it may go")
 
-# %% ../nbs/17_cli.ipynb #9f94df3e
+# %% ../nbs/17_cli.ipynb #1644b706
 @app.command()
 def train(
     recipe: Annotated[str, typer.Argument(help="one of `ldm-edu recipes`")],
@@ -156,7 +159,7 @@ def train(
     channels_last: Annotated[bool, typer.Option(help="another memory layout: often faster on NVIDIA GPUs")] = False,
     every: Annotated[int, typer.Option(min=1, help="steps between lines of the log")] = 100,
 ) -> None:
-    "Train a recipe: the two stages of a diffusion model, or the judge, or the features."
+    "Train a recipe: the two stages of a diffusion model, a first stage for itself, the judge, or the features."
     chosen, settings = find_recipe(recipe), load_settings()
     chosen = chosen if max_steps is None else chosen.shortened(max_steps)
     out = out or Path("runs") / recipe
@@ -169,8 +172,10 @@ def train(
     terminal = sys.stderr.isatty()
     began = time.monotonic()
     try:
-        cook(chosen, out, data_dir or settings.data_dir, cache_dir=cache_dir or settings.data_dir / "cache",
-             resume=resume, every=every, say=None if terminal else typer.echo, **how)  # fmt: skip
+        cook(
+            chosen, out, data_dir or settings.data_dir, cache_dir=cache_dir or settings.data_dir / "cache",
+            weights_dir=settings.weights_dir, resume=resume, every=every, say=None if terminal else typer.echo, **how,
+        )  # fmt: skip
     except KeyboardInterrupt as stopped:
         line = shlex.join([*again(sys.argv[1:]), "--resume"])
         typer.echo(f"\n{stopped or 'stopped'}\nThis goes on with it:\n  {line}")
@@ -183,7 +188,7 @@ def again(words: list[str]) -> list[str]:
     "The command that was typed, without `--resume`."
     return ["ldm-edu", *(word for word in words if word != "--resume")]
 
-# %% ../nbs/17_cli.ipynb #bbbc440d
+# %% ../nbs/17_cli.ipynb #2f076c42
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="a shipped checkpoint, or a folder")] = "toy-text2image",
@@ -217,6 +222,36 @@ def evaluate(
         scores = {"scale": scale, "steps": steps, "validation": {str(k): v.prompts.share for k, v in tried.items()}}
         config["made"] = (config.get("made") or {}) | {"scores": scores | {split: score.rows()}}
         save_json(config, path)
+
+
+@app.command()
+def reconstruct(
+    model: Annotated[
+        str, typer.Argument(help="a first stage, or a model that has one: shipped, or a folder")
+    ] = "toy-kl-f4",
+    dataset: Annotated[str, typer.Option(help="toy, toy-faces, celeba, coco or folder")] = "toy",
+    data_dir: Annotated[Path | None, typer.Option(help="where the data set lies; default: settings.ini")] = None,
+    split: Annotated[str, typer.Option(help="of which split: validation or test")] = "test",
+    n: Annotated[int, typer.Option(min=2, help="how many pictures")] = 256,
+    size: Annotated[int, typer.Option(min=1, help="height and width")] = 64,
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option(help="where a picture of eight of them goes, if wanted")] = None,
+) -> None:
+    "Say what a first stage gives back of pictures that it has not seen."
+    settings, where = load_settings(), chosen_device(device)
+    first_stage, out = load_first_stage(model).to(where), out and writable(out)
+    data = open_dataset(dataset, data_dir or settings.data_dir, split, size)
+    images = torch.stack([data[i]["image"] for i in range(min(n, len(data)))]).to(where)
+    try:
+        distance, name = LPIPS("alex", settings.weights_dir, download=False).to(where), "LPIPS (AlexNet)"
+    except LDMError:
+        distance, name = ToyFeatures.from_pretrained("toy-features").to(where).distance, "ToyFeatures"
+    scores = score_first_stage(first_stage, images, distance)
+    typer.echo(f"{dataset}, {split}, {scores.pictures} pictures of {size}², perceptual distance: {name}\n{scores}")
+    if out:
+        with torch.no_grad():
+            save(grid(torch.cat([images[:8], first_stage.reconstruct(images[:8])]), columns=min(8, len(images))), out)
+        typer.echo(f"pictures above, what came back below: {out}")
 
 # %% ../nbs/17_cli.ipynb #482be6f0
 @app.command()

@@ -6,7 +6,7 @@
 __all__ = ['reader_draws', 'through', 'ReaderTask', 'targets_of', 'unpacked', 'reader_scores', 'kept_images', 'train_reader',
            'FeaturesTask', 'named_right', 'train_features', 'cook']
 
-# %% ../nbs/15a_judge_training.ipynb #422756c3
+# %% ../nbs/15a_judge_training.ipynb #6e0213e4
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import Dataset
 
-from .autoencoder import AutoencoderKL
+from .autoencoder import FirstStage
 from .data import ImageCache, ToyCelebA, ToyCOCO, cached
 from .judge import SceneReader, Share, reader_accuracy, reader_loss, reader_targets, spoil
 from .metrics import ToyFeatures, thing_targets
-from .recipes import AnyRecipe, FeaturesRecipe, ReaderRecipe, Recipe, recipe_to_dict
+from .quantization import load_first_stage
+from .recipes import AnyRecipe, AutoencoderRecipe, FeaturesRecipe, ReaderRecipe, Recipe, recipe_to_dict
 from .scenes import Scene
 from .settings import pick_dtype, progress
-from .training import Run, begin, measure_once, made, order, run_stage, to_device, train
+from .training import Run, begin, measure_once, made, order, run_stage, to_device, train, train_autoencoder
 
-# %% ../nbs/15a_judge_training.ipynb #1d5f129c
+# %% ../nbs/15a_judge_training.ipynb #b7c791d6
 def reader_draws(seed: int, step: int, indices: Sequence[int], latent: Sequence[int]) -> dict[str, Tensor]:
     "What is random about a step of the judge: `u` (b, 5) uniform, `noise` (b, 3, 64, 64), `latent_noise` (b, c, h, w)."
     streams = [np.random.default_rng([seed, step, index]) for index in indices]
@@ -41,10 +42,10 @@ def reader_draws(seed: int, step: int, indices: Sequence[int], latent: Sequence[
 
 @torch.no_grad()
 def through(
-    first_stages: Sequence[AutoencoderKL],
+    first_stages: Sequence[FirstStage],
     images: Float[Tensor, "b 3 64 64"],
     u: Float[Tensor, "b 3"],  # uniform: whether, which, how much noise
-    latent_noise: Float[Tensor, "b c h w"],
+    latent_noise: Float[Tensor, "b *numbers"],  # as many for each picture as the largest latent has, or more
     share: float,  # of the pictures
     most: float,  # noise on a latent, in standard deviations
 ) -> Float[Tensor, "b 3 64 64"]:
@@ -54,7 +55,9 @@ def through(
     for k, first_stage in enumerate(first_stages):
         rows = ((u[:, 0] < share) & (which == k)).nonzero()[:, 0]
         if len(rows):
-            z = first_stage.encode(images[rows]) + most * u[rows, 2, None, None, None] * latent_noise[rows]
+            z = first_stage.encode(images[rows])
+            noise = latent_noise[rows].flatten(1)[:, : z[0].numel()].view_as(z)
+            z = z + most * u[rows, 2, None, None, None] * noise
             out[rows] = first_stage.decode(z).float().clamp(-1, 1)
     return out
 
@@ -90,10 +93,10 @@ def unpacked(targets: Mapping[str, Tensor], indices: Sequence[int]) -> dict[str,
     picked = {name: value[list(indices)] for name, value in targets.items()}
     return {name: value.float() if value.is_floating_point() else value.long() for name, value in picked.items()}
 
-# %% ../nbs/15a_judge_training.ipynb #2d33ca4d
+# %% ../nbs/15a_judge_training.ipynb #b8abbbf8
 def reader_scores(
     reader: SceneReader,
-    first_stages: Mapping[str, AutoencoderKL],
+    first_stages: Mapping[str, FirstStage],
     n: int = 1024,  # scenes of each split
 ) -> dict[str, str]:
     "The judge judged: shares of pictures that are read without any error, with intervals."
@@ -111,7 +114,7 @@ def reader_scores(
     scores["reconstructions"] = Share(sum(s.right for s in through_all), sum(s.n for s in through_all))
     return {name: str(share) for name, share in scores.items()}
 
-# %% ../nbs/15a_judge_training.ipynb #7d032437
+# %% ../nbs/15a_judge_training.ipynb #689ce1b5
 def kept_images(dataset: Dataset, n: int, cache_dir: Path, name: str, run: Run) -> ImageCache:
     "Pictures from the cache, drawn by one process the first time."
     with run.accelerator.main_process_first():
@@ -139,8 +142,8 @@ def train_reader(
         kept_images(held_out, 256, cache, "reader-validation", run),
         targets_of([held_out.describe(i)[0] for i in range(256)]),
     )
-    stages = {name: AutoencoderKL.from_pretrained(name, "first_stage") for name in recipe.first_stages}
-    latent = next(iter(stages.values())).encode(torch.zeros(1, 3, 64, 64)).shape[1:]
+    stages = {name: load_first_stage(name) for name in recipe.first_stages}
+    numbers = max(stage.latent_channels * (64 // stage.f) ** 2 for stage in stages.values())
 
     def picked(indices: Sequence[int]) -> Tensor:
         first = len(pictures[0])
@@ -148,7 +151,7 @@ def train_reader(
 
     def batch_at(step: int) -> dict[str, Any]:
         indices = run.mine(order(recipe.seed, step, training.batch_size, many))
-        random, x = reader_draws(recipe.seed, step, indices, latent), picked(indices)
+        random, x = reader_draws(recipe.seed, step, indices, (numbers,)), picked(indices)
         with torch.autocast("cpu", torch.bfloat16, enabled=pick_dtype("cpu") == torch.bfloat16):
             x = through(
                 list(stages.values()),
@@ -265,9 +268,10 @@ def train_features(
         features.save_pretrained(run.folder / "model")
     return features
 
-# %% ../nbs/15a_judge_training.ipynb #783296ff
+# %% ../nbs/15a_judge_training.ipynb #04a203e0
 def cook(recipe: AnyRecipe, folder: str | Path, data_dir: str | Path | None = None, **how: Any) -> nn.Module:
-    "Train whatever a recipe is for; `how` is what `train`, `train_reader` and `train_features` take."
-    if isinstance(recipe, Recipe):
-        return train(recipe, folder, data_dir, **how)
+    "Train whatever a recipe is for; `how` is what the function for it takes."
+    if isinstance(recipe, Recipe | AutoencoderRecipe):
+        return (train if isinstance(recipe, Recipe) else train_autoencoder)(recipe, folder, data_dir, **how)
+    how.pop("weights_dir", None)  # these two have no use for it
     return {ReaderRecipe: train_reader, FeaturesRecipe: train_features}[type(recipe)](recipe, folder, **how)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PARTS', 'LatentDiffusion']
 
-# %% ../nbs/13_latent_diffusion.ipynb #e9f1876c
+# %% ../nbs/13_latent_diffusion.ipynb #cef05413
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,24 +14,29 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .autoencoder import AutoencoderKL
+from .autoencoder import FirstStage
 from .conditioning import Condition, TextConditioner
 from .diffusion import NoiseSchedule
 from .guidance import Guidance
+from .quantization import load_first_stage
 from .sampling import SAMPLERS, SeededNoise, last
 from .settings import CheckpointError, LDMError, checkpoint_path, load_json, progress, save_json
 from .unet import UNet
 
-# %% ../nbs/13_latent_diffusion.ipynb #dc8b49c2
-PARTS = {"first_stage": AutoencoderKL, "unet": UNet, "conditioner": TextConditioner}  # folders of a checkpoint
+# %% ../nbs/13_latent_diffusion.ipynb #3d2caa2b
+PARTS = {  # folders of a checkpoint, and what loads them
+    "first_stage": load_first_stage,
+    "unet": UNet.from_pretrained,
+    "conditioner": TextConditioner.from_pretrained,
+}
 
-# %% ../nbs/13_latent_diffusion.ipynb #ac07bba2
+# %% ../nbs/13_latent_diffusion.ipynb #3c0cf1a8
 class LatentDiffusion(nn.Module):
     "A latent diffusion model: first stage, UNet, schedule, and a conditioner where it is told what to draw (§ 3)."
 
     def __init__(
         self,
-        first_stage: AutoencoderKL,  # pictures to latents and back
+        first_stage: FirstStage,  # pictures to latents and back
         unet: UNet,  # the denoiser
         schedule: NoiseSchedule,  # what the UNet was trained with
         conditioner: TextConditioner | None = None,  # captions to conditions; None: unconditional
@@ -127,5 +132,5 @@ class LatentDiffusion(nn.Module):
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{folder / 'config.json'} does not describe a LatentDiffusion: {error}") from error
         wanted = [part for part in PARTS if conditional or part != "conditioner"]
-        parts = {part: PARTS[part].from_pretrained(folder, part=part) for part in wanted}
+        parts = {part: PARTS[part](folder, part=part) for part in wanted}
         return cls(**parts, schedule=schedule, size=size, made=config.get("made")).eval()

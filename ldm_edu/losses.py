@@ -5,11 +5,14 @@
 # %% auto #0
 __all__ = ['reconstruction_loss', 'kl_loss', 'FirstStageLoss']
 
-# %% ../nbs/05_losses.ipynb #5c7d90c1
+# %% ../nbs/05_losses.ipynb #d89e7be6
+from collections.abc import Callable
+
 from jaxtyping import Float
 from torch import Tensor
 
 from .autoencoder import DiagonalGaussian
+from .quantization import Quantized
 from .settings import LDMError
 
 # %% ../nbs/05_losses.ipynb #f7bf8320
@@ -27,26 +30,52 @@ def kl_loss(posterior: DiagonalGaussian) -> Float[Tensor, ""]:
     "KL divergence from N(0, I) in nats (app. G), summed over the latent, averaged over the batch."
     return posterior.kl().mean()
 
-# %% ../nbs/05_losses.ipynb #0ec795c3
+# %% ../nbs/05_losses.ipynb #935aa6c0
 class FirstStageLoss:
-    "Reconstruction + `kl_weight` × KL, summed over a picture, averaged over the batch (§ 3.1, app. G)."
+    "L_rec + L_reg of eq. 25, and an adversary's share where there is one (§ 3.1, app. G)."
 
     def __init__(
         self,
-        kl_weight: float = 1e-6,  # λ; about 1e-6 in the paper (app. G)
+        kl_weight: float = 1e-6,  # λ of a KL-regularised stage; about 1e-6 in the paper (app. G)
         l2_weight: float = 0.0,  # λ₂ of the squared distance
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,  # a distance (b,) of pictures, such as LPIPS
+        perceptual_weight: float = 1.0,  # of the perceptual distance against a pixel's L1
+        codebook_weight: float = 1.0,  # of a VQ-regularised stage's pulls
+        means: bool = False,  # means over a picture instead of sums; the released code sums for KL, and not for VQ
     ):
-        if kl_weight < 0 or l2_weight < 0:
-            raise LDMError(f"a weight must not be negative: {kl_weight=}, {l2_weight=}")
-        self.kl_weight, self.l2_weight = kl_weight, l2_weight
+        weights = {"kl_weight": kl_weight, "l2_weight": l2_weight, "perceptual_weight": perceptual_weight,
+                   "codebook_weight": codebook_weight}  # fmt: skip
+        if negative := [f"{name}={weight}" for name, weight in weights.items() if weight < 0]:
+            raise LDMError(f"a weight must not be negative: {', '.join(negative)}")
+        self.kl_weight, self.l2_weight, self.perceptual_weight = kl_weight, l2_weight, perceptual_weight
+        self.codebook_weight, self.perceptual, self.means = codebook_weight, perceptual, means
+
+    def near(self, x: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        "L_rec: in pixels and in features."
+        values, loss = x[0].numel(), reconstruction_loss(x, reconstruction, self.l2_weight)
+        terms = {"l1": (x - reconstruction).abs().mean().detach()}
+        if self.perceptual is not None:
+            far = self.perceptual(x, reconstruction).mean()
+            loss, terms["perceptual"] = loss + self.perceptual_weight * values * far, far.detach()
+        return (loss / values if self.means else loss), terms
+
+    def regularisation(self, regulariser: DiagonalGaussian | Quantized) -> tuple[Tensor, dict[str, Tensor]]:
+        "L_reg: the KL divergence, or the pulls between latents and codebook."
+        if isinstance(regulariser, DiagonalGaussian):
+            kl, values = kl_loss(regulariser), regulariser.mean[0].numel()
+            return self.kl_weight * (kl / values if self.means else kl), {"kl": kl.detach()}
+        pulls, values = regulariser.loss, regulariser.z[0].numel()
+        return self.codebook_weight * (pulls if self.means else pulls * values), {"codebook": pulls.detach()}
 
     def __call__(
         self,
         x: Float[Tensor, "b 3 h w"],  # pictures in [−1, 1]
         reconstruction: Float[Tensor, "b 3 h w"],  # what the decoder gave
-        posterior: DiagonalGaussian,  # what the encoder gave
+        regulariser: DiagonalGaussian | Quantized,  # what came before the decoder
+        adversary: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict]] | None = None,  # see 05a_adversarial
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        "The loss, and its terms for the log: `l1` per pixel value, `kl` in nats per picture."
-        kl = kl_loss(posterior)
-        terms = {"l1": (x - reconstruction).abs().mean().detach(), "kl": kl.detach()}
-        return reconstruction_loss(x, reconstruction, self.l2_weight) + self.kl_weight * kl, terms
+        "The loss, and its terms for the log: `l1` per value, `perceptual`, `kl` in nats per picture or `codebook`, …"
+        near, terms = self.near(x, reconstruction)
+        tame, more = self.regularisation(regulariser)
+        share, rest = adversary(near, x, reconstruction) if adversary else (0.0, {})
+        return near + tame + share, terms | more | rest

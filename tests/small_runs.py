@@ -10,11 +10,17 @@ from typing import Any
 
 import torch
 
-from ldm_edu.recipes import DiffusionRecipe, FirstStageRecipe, Recipe, TextRecipe, Training
+from ldm_edu.recipes import (
+    AdversarialRecipe,
+    AutoencoderRecipe,
+    DiffusionRecipe,
+    FirstStageRecipe,
+    Recipe,
+    TextRecipe,
+    Training,
+)
 from ldm_edu.settings import load_tensors
-from ldm_edu.training import train
-
-PARTS = ("first_stage", "unet", "conditioner")
+from ldm_edu.training import train, train_autoencoder
 
 
 def tiny(steps: int = 6, batch_size: int = 4, **training: Any) -> Recipe:
@@ -32,6 +38,19 @@ def tiny(steps: int = 6, batch_size: int = 4, **training: Any) -> Recipe:
     )
 
 
+def tiny_autoencoder(steps: int = 6, start: int = 3, **training: Any) -> AutoencoderRecipe:
+    """A first stage with all that it can have: a codebook, a perceptual distance, and a critic from `start` on."""
+    first_stage = replace(
+        tiny(steps, **training).first_stage,
+        regulariser="vq",
+        codes=32,
+        perceptual="toy-features",
+        perceptual_weight=0.1,
+        adversarial=AdversarialRecipe(start, channels=8, layers=1, norm="group"),
+    )
+    return AutoencoderRecipe("tiny-autoencoder", "all that a first stage can have", "toy", 16, first_stage)
+
+
 def of_stages(recipe: Recipe, **training: Any) -> Recipe:
     """The recipe with some fields of both stages' training replaced."""
     stages = (recipe.first_stage, recipe.diffusion)
@@ -43,17 +62,18 @@ def of_stages(recipe: Recipe, **training: Any) -> Recipe:
 HOW = {"device": "cpu", "precision": "fp32", "every": 3, "looks": 1, "save_every": 0.0}
 
 
-def cook(folder: Path, recipe: Recipe | None = None, **how: Any):
+def cook(folder: Path, recipe: Recipe | AutoencoderRecipe | None = None, **how: Any):
     """`tiny`, or another recipe, on one thread; goes on with what the folder holds, if it holds a run."""
     torch.set_num_threads(1)
     resume = (folder / "recipe.json").exists()
-    return train(recipe or tiny(), folder, **(HOW | {"resume": resume} | how))
+    do = train_autoencoder if isinstance(recipe, AutoencoderRecipe) else train
+    return do(recipe or tiny(), folder, **(HOW | {"resume": resume} | how))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    """Everything in a run's folder that must not depend on interruptions: model, both checkpoints of both stages."""
-    found = {f"model/{part}": load_tensors(folder / "model" / part / "model.safetensors") for part in PARTS}
-    found |= {path.name: load_tensors(path) for path in folder.glob("*.safetensors")}
+    """Everything in a run's folder that must not depend on interruptions: model, both checkpoints of each stage."""
+    paths = [*folder.glob("model/**/*.safetensors"), *folder.glob("*.safetensors")]
+    found = {str(path.relative_to(folder)): load_tensors(path) for path in paths}
     named = {f"{file}: {name}": value for file, tensors in found.items() for name, value in tensors.items()}
     return {name: value for name, value in named.items() if not name.endswith(": seconds")}
 

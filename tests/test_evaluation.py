@@ -5,8 +5,20 @@ import torch
 
 import ldm_edu.evaluation as evaluation
 from ldm_edu import LatentDiffusion, ToyCOCO, UNet
-from ldm_edu.evaluation import EvaluationError, captions_of, choose_scale, draw_captions, score_prompts
+from ldm_edu.autoencoder import AutoencoderKL
+from ldm_edu.evaluation import (
+    EvaluationError,
+    Mean,
+    captions_of,
+    choose_scale,
+    draw_captions,
+    score_first_stage,
+    score_prompts,
+)
 from ldm_edu.judge import PromptAccuracy, SceneReader, Share
+from ldm_edu.metrics import ToyFeatures
+from ldm_edu.quantization import AutoencoderVQ, IdentityFirstStage
+from ldm_edu.settings import LDMError
 
 
 @pytest.fixture(scope="module")
@@ -61,3 +73,93 @@ def test_nothing_is_chosen_on_test(model, reader):
         choose_scale(model, reader, split="test")
     with pytest.raises(EvaluationError, match="scales"):
         choose_scale(model, reader, scales=())
+
+
+# First stages --------------------------------------------------------------------------------------------------------
+
+
+def first_stage(kind):
+    torch.manual_seed(0)
+    shape = dict(channels=8, multipliers=(1, 2, 2), blocks=1, latent_channels=3, attention=False, groups=4)
+    stage = kind(**shape, **({"codes": 32} if kind is AutoencoderVQ else {"scale_factor": 0.5})).eval()
+    torch.nn.init.normal_(stage.decoder.conv_out.weight, std=0.3)  # some values come back beyond the range
+    if kind is AutoencoderVQ:
+        torch.nn.init.normal_(stage.quantize.embedding.weight, std=0.3)
+    return stage
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    data = ToyCOCO("validation", size=32)
+    return torch.stack([data[i]["image"] for i in range(7)])
+
+
+@pytest.fixture(scope="module")
+def distance():
+    return ToyFeatures.from_pretrained("toy-features").distance
+
+
+@pytest.mark.parametrize("kind", [AutoencoderKL, AutoencoderVQ])
+def test_a_first_stage_is_scored_picture_by_picture(kind, images, distance):
+    """Against one picture at a time, with other people's PSNR and SSIM, and standard errors written out."""
+    from torchmetrics.functional.image import structural_similarity_index_measure as their_ssim
+
+    stage, rows, chosen = first_stage(kind), [], []
+    with torch.no_grad():
+        for x in images[:, None]:
+            z = stage.posterior(x).mean
+            if kind is AutoencoderVQ:
+                quantized = stage.quantize(z)
+                chosen += quantized.indices.flatten().tolist()
+                z = quantized.z
+            back = stage.decoder(stage.post_quant_conv(z))
+            assert back.abs().max() > 1
+            back = back.clamp(-1, 1)
+            error = (back - x).double().square().mean()
+            similar = their_ssim((back + 1) / 2, (x + 1) / 2, data_range=1.0)
+            rows.append([10 * (4 / error).log10().item(), similar.item(), distance(back, x).item()])
+    scores = score_first_stage(stage, images, distance, chunk=3)
+    rows = torch.tensor(rows, dtype=torch.float64)
+    for mean, column in zip((scores.psnr, scores.ssim, scores.distance), rows.T):
+        assert mean.value == pytest.approx(column.mean().item(), rel=1e-3, abs=1e-4)
+        error = ((column - column.mean()).square().sum() / 6 / 7).sqrt()
+        assert mean.error == pytest.approx(error.item(), rel=1e-2, abs=1e-5)
+    assert scores.pictures == 7 and scores.fewer == 3 * 4**2 / 3
+    if kind is AutoencoderKL:
+        assert scores.usage is None and "entries used" not in str(scores)
+        return
+    shares = torch.bincount(torch.tensor(chosen)).double() / len(chosen)
+    shares = shares[shares > 0]
+    assert scores.usage.used == len(set(chosen)) > 1 and scores.usage.codes == 32
+    assert scores.usage.perplexity == pytest.approx((-(shares * shares.log()).sum()).exp().item(), rel=1e-4)
+    assert f"{scores.usage.used} of 32" in str(scores)
+
+
+def test_the_chunk_does_not_matter(images, distance):
+    whole, parts = (score_first_stage(first_stage(AutoencoderVQ), images, distance, chunk=n) for n in (64, 2))
+    assert parts.usage == whole.usage and parts.fewer == whole.fewer
+    for name in ("psnr", "ssim", "distance"):
+        assert getattr(parts, name).value == pytest.approx(getattr(whole, name).value, rel=1e-4)
+
+
+def test_the_identity_gives_everything_back(images, distance):
+    scores = score_first_stage(IdentityFirstStage(), images, distance)
+    assert scores.psnr.value > 60 and scores.ssim.value == pytest.approx(1) and scores.fewer == 1
+    assert scores.distance.value == pytest.approx(0, abs=1e-6) and scores.usage is None
+
+
+def test_a_mean_is_printed_with_its_error():
+    mean = Mean.of(torch.tensor([1.0, 2.0, 3.0, 6.0]))
+    assert mean.value == 3.0 and mean.error == pytest.approx((14 / 3) ** 0.5 / 2)
+    assert str(mean) == "3.00 ± 1.08" and str(Mean(0.5, 0.0123, 3)) == "0.500 ± 0.012"
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_too_few_pictures_are_refused(n, images, distance):
+    with pytest.raises(EvaluationError, match=f"images: {n} are too few .*at least 2"):
+        score_first_stage(IdentityFirstStage(), images[:n], distance)
+
+
+def test_pictures_of_no_size_for_it_are_refused(distance):
+    with pytest.raises(LDMError, match="30×32 pixels.*multiples of f = 4"):
+        score_first_stage(first_stage(AutoencoderKL), torch.zeros(2, 3, 30, 32), distance)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ldm_edu import LatentDiffusion, ToyCOCO
+from ldm_edu.autoencoder import AutoencoderKL
 from ldm_edu.judge import SceneReader
 from ldm_edu.judge_training import (
     cook,
@@ -20,6 +21,7 @@ from ldm_edu.judge_training import (
     unpacked,
 )
 from ldm_edu.metrics import ToyFeatures, thing_targets
+from ldm_edu.quantization import AutoencoderVQ
 from ldm_edu.recipes import SCENE_READER, TOY_FEATURES, find_recipe
 from ldm_edu.settings import load_tensors
 
@@ -46,6 +48,32 @@ def test_the_share_that_goes_through_a_first_stage_is_the_share_asked_for():
     assert changed.tolist() == [True] * 4 + [False] * 12
     with torch.no_grad():
         torch.testing.assert_close(out[:4], stage.reconstruct(images[:4]).clamp(-1, 1))
+
+
+def two_first_stages() -> tuple[AutoencoderKL, AutoencoderVQ]:
+    """Their latents have 2 × 16² and 3 × 32² numbers."""
+    torch.manual_seed(0)
+    kl = AutoencoderKL(8, (1, 1, 1), 1, 2, attention=False, groups=4, scale_factor=0.7)
+    return kl.eval(), AutoencoderVQ(8, (1, 1), 1, 3, codes=64, attention=False, groups=4).eval()
+
+
+@torch.no_grad()
+def test_pictures_go_through_first_stages_of_different_shapes():
+    """Each picture through its own, with the first of its numbers as noise, whatever the batch holds besides."""
+    kl, vq = two_first_stages()
+    assert kl.latent_channels != vq.latent_channels and kl.f != vq.f
+    torch.nn.init.normal_(vq.quantize.embedding.weight)
+    images, u = torch.rand(6, 3, 64, 64) * 2 - 1, torch.tensor([0.0, 0.0, 0.5]).repeat(6, 1)
+    u[:, 1] = torch.tensor([0.0, 0.99, 0.49, 0.51, 0.2, 0.8])  # under a half: the first of the two
+    u[4:, 0] = 0.9  # not at all
+    noise = reader_draws(0, 0, range(6), (3 * 32 * 32,))["latent_noise"]
+    out = through([kl, vq], images, u, noise, share=0.25, most=0.6)
+    for i, (stage, shape) in enumerate([(kl, (2, 16, 16)), (vq, (3, 32, 32)), (kl, (2, 16, 16)), (vq, (3, 32, 32))]):
+        own = noise[i, : shape[0] * shape[1] * shape[2]].reshape(1, *shape)
+        expected = stage.decode(stage.encode(images[i : i + 1]) + 0.6 * 0.5 * own).clamp(-1, 1)
+        torch.testing.assert_close(out[i : i + 1], expected, rtol=1e-4, atol=1e-5)
+        assert (expected - stage.reconstruct(images[i : i + 1])).abs().max() > 1e-3  # the noise is seen
+    assert torch.equal(out[4:], images[4:])
 
 
 def test_targets_survive_being_kept_small():
@@ -81,8 +109,13 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(recipe, train, tmp_pa
 
 
 def test_what_was_measured_is_in_the_config(tmp_path):
-    reader = train_reader(tiny(SCENE_READER), tmp_path / "run", judged_on=8, device="cpu", every=2)
+    names = [str(tmp_path / stage.__class__.__name__) for stage in two_first_stages()]
+    for name, stage in zip(names, two_first_stages()):
+        stage.save_pretrained(name)
+    recipe = replace(tiny(SCENE_READER), first_stages=tuple(names))
+    reader = train_reader(recipe, tmp_path / "run", judged_on=8, device="cpu", every=2)
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert "n = 32" in config["made"]["scores"]["reconstructions"]  # 8 of each split, through each first stage
     assert config["made"]["steps"] == 4 and set(config["made"]["scores"]) == {
         "drawn",
         "unseen pairs",

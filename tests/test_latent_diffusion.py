@@ -7,12 +7,26 @@ import torch
 
 from ldm_edu import AutoencoderKL, CheckpointError, LatentDiffusion, LDMError, NoiseSchedule, TextConditioner, UNet
 from ldm_edu.conditioning import PromptError
+from ldm_edu.quantization import AutoencoderVQ, IdentityFirstStage
+from ldm_edu.sampling import SeededNoise, ddim, last
 
 
-def small(text: bool = True) -> LatentDiffusion:
+def first_stage(kind: str):
+    if kind == "identity":
+        return IdentityFirstStage()
+    shape = dict(channels=16, multipliers=(1, 2), blocks=1, latent_channels=2, attention=False, groups=8)
+    if kind == "kl":
+        return AutoencoderKL(**shape, scale_factor=0.5)
+    vq = AutoencoderVQ(**shape, codes=32)
+    torch.nn.init.normal_(vq.quantize.embedding.weight)  # as far apart as the latents that are sampled
+    return vq
+
+
+def small(text: bool = True, kind: str = "kl") -> LatentDiffusion:
     torch.manual_seed(0)
-    vae = AutoencoderKL(16, (1, 2), 1, 2, attention=False, groups=8, scale_factor=0.5)
-    unet = UNet(2, 2, 32, (1,), 1, (1,), 32, context_dim=32 if text else None)
+    vae = first_stage(kind)
+    c = vae.latent_channels
+    unet = UNet(c, c, 32, (1,), 1, (1,), 32, context_dim=32 if text else None)
     for parameter in unet.parameters():  # a fresh one passes its input on and predicts zero
         torch.nn.init.normal_(parameter, std=0.1)
     conditioner = TextConditioner(["red", "blue", "ball"], 4, 32, 1, 2) if text else None
@@ -39,15 +53,41 @@ def test_the_prompt_and_the_scale_matter():
     assert not torch.equal(model.sample("red", steps=2, scale=1.0), model.sample("red", steps=2, scale=5.0))
 
 
+@pytest.mark.parametrize("kind", ["kl", "vq", "identity"])
 @pytest.mark.parametrize("text", [True, False])
-def test_saved_and_loaded(text, tmp_path):
-    model = small(text)
+def test_saved_and_loaded(text, kind, tmp_path):
+    model = small(text, kind)
     model.made = {"recipe": "none"}
     model.save_pretrained(tmp_path)
     again = LatentDiffusion.from_pretrained(tmp_path)
     question = dict(prompts="red ball") if text else dict(n=2)
     assert torch.equal(model.sample(**question, steps=2), again.sample(**question, steps=2))
-    assert again.made == model.made and again.schedule == model.schedule and again.first_stage.scale_factor == 0.5
+    assert again.made == model.made and again.schedule == model.schedule
+    assert type(again.first_stage) is type(model.first_stage) and not again.first_stage.training
+    assert again.first_stage.scale_factor == {"kl": 0.5, "vq": 1.0, "identity": 1.0}[kind]
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq", "identity"])
+def test_what_is_sampled_is_a_latent_that_is_decoded(kind):
+    """The sampler by itself, from the same noise, and then what each kind of first stage does with a latent."""
+    model = small(False, kind)
+    c, side = {"kl": (2, 8), "vq": (2, 8), "identity": (3, 16)}[kind]
+    assert model.latent_shape == (c, side, side)
+    with torch.no_grad():
+        z = last(ddim(model.unet, SeededNoise([4, 5]).noise((c, side, side)), model.schedule, steps=3))
+        if kind == "kl":
+            expected = model.first_stage.decoder(model.first_stage.post_quant_conv(z / 0.5))
+        elif kind == "vq":
+            entries = model.first_stage.quantize.embedding.weight
+            near = (z[:, :, None] - entries.T[None, :, :, None, None]).square().sum(1).argmin(1)
+            expected = entries[near].movedim(-1, 1)
+            assert len(near.unique()) > 5 and (expected - z).abs().max() > 0.1
+            expected = model.first_stage.decoder(model.first_stage.post_quant_conv(expected))
+        else:
+            expected = z
+    images = model.sample(n=2, steps=3, seed=4)
+    assert images.shape == (2, 3, 16, 16)
+    torch.testing.assert_close(images, expected.clamp(-1, 1), rtol=0, atol=1e-4)
 
 
 def test_half_precision_on_disk_is_close(tmp_path):
@@ -89,12 +129,17 @@ def test_parts_must_fit_each_other():
     model = small()
     with pytest.raises(LDMError, match="channels"):
         LatentDiffusion(model.first_stage, UNet(3, 3, 32, (1,), 1, (1,)), NoiseSchedule())
+    with pytest.raises(LDMError, match="unet takes 2 channels, but first_stage's latents have 3"):
+        LatentDiffusion(IdentityFirstStage(), small(False).unet, NoiseSchedule(), size=16)
+    with pytest.raises(LDMError, match="size=17 is no multiple of first_stage's f = 2"):
+        LatentDiffusion(first_stage("vq"), small(False).unet, NoiseSchedule(), size=17)
 
 
 FILES = (
     "config.json",
     "unet/config.json",
     "unet/model.safetensors",
+    "first_stage/config.json",
     "first_stage/model.safetensors",
     "conditioner/config.json",
 )

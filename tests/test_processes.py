@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from small_runs import Child, cook, of_stages, tiny, weights
+from small_runs import Child, cook, of_stages, tiny, tiny_autoencoder, weights
 
 import ldm_edu.training as training
 from ldm_edu.settings import load_notes
@@ -21,7 +21,7 @@ sys.path.insert(0, {tests!r})
 import test_processes
 
 if __name__ == "__main__":
-    test_processes.cook_and_tell({folder!r})
+    test_processes.{do}({folder!r})
 """
 
 
@@ -44,26 +44,23 @@ def cook_in_pieces(folder: str) -> None:
     cook_and_tell(folder, accumulate=4)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """The folder of a run in one process."""
-    folder = tmp_path_factory.mktemp("alone") / "run"
-    child = Child(cook_and_tell, str(folder), output=folder.parent / "output")
+def cook_autoencoder(folder: str) -> None:
+    """Ten steps of a first stage with codebook and critic, in float64; the critic plays in the last six."""
+    from pathlib import Path
+
+    cook(Path(folder), tiny_autoencoder(10, start=4), precision="fp64", every=10, looks=0, save_every=1e9)
+
+
+def in_one(do, folder) -> None:
+    """In a process of its own."""
+    child = Child(do, str(folder), output=folder.parent / "output")
     assert child.wait(600) == 0, child.said()
-    return folder
 
 
-def furthest(a, b) -> float:
-    """The largest difference of any number in two runs' folders."""
-    left, right = weights(a), weights(b)
-    assert left.keys() == right.keys() and any("diffusion" in name for name in left)
-    return max((left[name].double() - right[name].double()).abs().max().item() for name in left)
-
-
-def test_two_processes_give_the_weights_of_one(alone, tmp_path):
-    """Both stages, their averages and the optimiser's memory; each process has computed half of every batch."""
-    folder, script = tmp_path / "run", tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=os.path.dirname(__file__), folder=str(folder)))
+def in_two(do, folder) -> None:
+    """In two processes, as `accelerate launch` starts them."""
+    script = folder.parent / "script.py"
+    script.write_text(SCRIPT.format(tests=os.path.dirname(__file__), do=do.__name__, folder=str(folder)))
     launch = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--multi_gpu", "--num_machines=1"]
     launch += ["--num_processes=2", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={free_port()}"]
     done = subprocess.run(
@@ -74,7 +71,28 @@ def test_two_processes_give_the_weights_of_one(alone, tmp_path):
         timeout=1200,
     )
     assert done.returncode == 0, done.stderr
-    assert furthest(alone, folder) < 1e-8
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder of a run in one process."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    in_one(cook_and_tell, folder)
+    return folder
+
+
+def furthest(a, b) -> float:
+    """The largest difference of any number in two runs' folders."""
+    left, right = weights(a), weights(b)
+    assert left.keys() == right.keys() and any(name.startswith("model/") for name in left)
+    return max((left[name].double() - right[name].double()).abs().max().item() for name in left)
+
+
+def test_two_processes_give_the_weights_of_one(alone, tmp_path):
+    """Both stages, their averages and the optimiser's memory; each process has computed half of every batch."""
+    folder = tmp_path / "run"
+    in_two(cook_and_tell, folder)
+    assert furthest(alone, folder) < 1e-8 and (folder / "diffusion.safetensors").exists()
     shares = [json.loads((tmp_path / f"run.{rank}.json").read_text()) for rank in (0, 1)]
     for seed in (0, 1):  # of the first stage and of the diffusion model
         for step in range(20):
@@ -88,10 +106,17 @@ def test_two_processes_give_the_weights_of_one(alone, tmp_path):
         assert one["step"] == other["step"] and one["loss"] == pytest.approx(other["loss"], rel=1e-10)
 
 
+def test_two_processes_agree_on_a_critic(tmp_path):
+    """λ is that of the whole batch, so the weights of both opponents are those of one process. Half of the batch has
+    another λ: that is seen where the gradients are not averaged."""
+    in_one(cook_autoencoder, tmp_path / "one")
+    in_two(cook_autoencoder, tmp_path / "two")
+    assert furthest(tmp_path / "one", tmp_path / "two") < 1e-8
+
+
 def test_a_batch_in_pieces_gives_the_same_weights(alone, tmp_path):
     folder = tmp_path / "run"
-    child = Child(cook_in_pieces, str(folder), output=tmp_path / "output")
-    assert child.wait(600) == 0, child.said()
+    in_one(cook_in_pieces, folder)
     assert furthest(alone, folder) < 1e-10
 
 

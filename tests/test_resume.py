@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from small_runs import Child, cook, differences, weights
+from small_runs import Child, cook, differences, tiny_autoencoder, weights
 
 import ldm_edu.settings as settings
 import ldm_edu.training as training
@@ -29,7 +29,8 @@ def straight(tmp_path_factory):
 def log(folder):
     """The log's lines, with what does not depend on the clock, or on when the mean of the loss was begun anew."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    return [{k: line[k] for k in ("stage", "step", "unseen", "psnr") if k in line} for line in lines]
+    kept = ("stage", "step", "unseen", "psnr", "codes_used", "perplexity")
+    return [{k: line[k] for k in kept if k in line} for line in lines]
 
 
 def files(folder):
@@ -116,6 +117,38 @@ def test_killed_at_ten_random_moments(straight, tmp_path):
     child = Child(cook, folder, output=output)
     assert child.wait() == 0, child.said()
     assert_same_run(folder, straight)
+
+
+def one_step_a_life(folder, recipe) -> None:
+    """Cook, and die as soon as one more step is in a checkpoint."""
+    whole, lived = training.save_state, []
+
+    def once(*args):
+        if lived:
+            die()
+        whole(*args)
+        lived.append(True)
+
+    training.save_state = once
+    cook(folder, recipe)
+
+
+def test_a_first_stage_with_a_critic_killed_after_every_step(tmp_path):
+    """The codebook, both opponents, and the memory of their optimiser; the critic's first step lies in the middle."""
+    recipe, output = tiny_autoencoder(steps=6, start=3), tmp_path / "output"
+    child = Child(cook, tmp_path / "straight", recipe, output=output)
+    assert child.wait() == 0, child.said()
+    folder = tmp_path / "run"
+    for step in range(1, 6):
+        child = Child(one_step_a_life, folder, recipe, output=output)
+        assert child.wait() == -signal.SIGKILL, child.said()
+        assert load_notes(folder / "first_stage.safetensors")["step"] == str(step)
+    child = Child(cook, folder, recipe, output=output)
+    assert child.wait() == 0, child.said()
+    assert_same_run(folder, tmp_path / "straight")
+    kept = weights(folder)
+    assert any(name.startswith("first_stage.safetensors: task.adversary") for name in kept)
+    assert any(name.startswith("model/model.safetensors: quantize.embedding") for name in kept)
 
 
 # Signals that can be heard -------------------------------------------------------------------------------------------

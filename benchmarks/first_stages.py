@@ -1,0 +1,97 @@
+"""Table 8 in miniature: first stages of f = 2 to 16, KL and VQ, trained for equal short budgets on real faces.
+
+    python benchmarks/first_stages.py --data-dir FOLDER --weights-dir FOLDER
+
+FOLDER of `--data-dir` holds CelebA (or any subset of its files), that of `--weights-dir` the backbones of LPIPS.
+Trained are pixels and AlexNet's LPIPS; judged are pictures that no stage has seen, by PSNR, SSIM and VGG's LPIPS, a
+network that none was trained with. Writes benchmarks/first_stages.md. A run that was cut off goes on where it stopped.
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from ldm_edu import LPIPS
+from ldm_edu.data import collate, open_dataset
+from ldm_edu.evaluation import ReconstructionScores, score_first_stage
+from ldm_edu.quantization import load_first_stage
+from ldm_edu.recipes import AutoencoderRecipe, FirstStageRecipe, Training
+from ldm_edu.training import train_autoencoder
+
+LEVELS = {2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 4, 5), 16: (1, 2, 4, 5, 5)}  # f: widths
+CHANNELS = {2: 2, 4: 3, 8: 4, 16: 8}  # f: latent channels, as in table 8
+
+
+def recipe(f: int, regulariser: str, steps: int) -> AutoencoderRecipe:
+    """What is trained: everything but f, c and the regulariser is the same."""
+    return AutoencoderRecipe(
+        name=f"{regulariser}-f{f}",
+        about="a row of benchmarks/first_stages.md",
+        dataset="celeba",
+        size=64,
+        first_stage=FirstStageRecipe(
+            training=Training(steps=steps, batch_size=8, lr=2e-3, ema=0.99),
+            multipliers=LEVELS[f],
+            latent_channels=CHANNELS[f],
+            regulariser=regulariser,
+            codes=1024,
+            perceptual="lpips-alex",
+        ),
+    )
+
+
+def table(rows: dict[tuple[int, str], tuple[ReconstructionScores, dict]], steps: int, device: str) -> str:
+    """Markdown, a line for each first stage."""
+    lines = [
+        "# First stages on faces, 64²",
+        "",
+        f"`python benchmarks/first_stages.py --steps {steps}`, {device}, torch {torch.__version__}. Means over the "
+        f"{next(iter(rows.values()))[0].pictures} held-out faces; ± is the standard error.",
+        "",
+        "| f | regulariser | latent | numbers | PSNR in dB | SSIM | LPIPS (VGG) | entries used | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for (f, kind), (scores, made) in rows.items():
+        c, side = CHANNELS[f], 64 // f
+        used = f"{scores.usage.used} of {scores.usage.codes}" if scores.usage else "–"
+        lines.append(
+            f"| {f} | {kind.upper()} | {side}×{side}×{c} | {c * side * side:,} | {scores.psnr} | {scores.ssim} |"
+            f" {scores.distance} | {used} | {made['seconds']} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Train what is not there yet, judge all, write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, required=True, help="holds celeba/")
+    parser.add_argument("--weights-dir", type=Path, required=True, help="holds the backbones of LPIPS")
+    parser.add_argument("--steps", type=int, default=1500, help="of each first stage")
+    parser.add_argument("--pictures", type=int, default=256, help="held-out faces")
+    parser.add_argument("--runs", type=Path, default=Path("runs/first_stages"), help="where the runs are kept")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="the table")
+    args = parser.parse_args()
+
+    unseen = open_dataset("celeba", args.data_dir, "test", 64)
+    pictures = collate([unseen[i] for i in range(min(args.pictures, len(unseen)))])["image"]
+    lpips, rows = LPIPS("vgg", args.weights_dir), {}
+    for f in LEVELS:
+        for kind in ("kl", "vq"):
+            folder, began = args.runs / f"{kind}-f{f}", time.monotonic()
+            if not (folder / "model" / "config.json").exists():
+                resume = (folder / "recipe.json").exists()
+                train_autoencoder(
+                    recipe(f, kind, args.steps), folder, args.data_dir, args.runs / "cache", args.weights_dir,
+                    resume=resume, say=print, every=250, looks=1,
+                )  # fmt: skip
+            first_stage = load_first_stage(folder / "model")
+            rows[f, kind] = score_first_stage(first_stage, pictures, lpips), first_stage.made
+            print(f"{kind} f = {f}: {rows[f, kind][0]} ({time.monotonic() - began:.0f} s)", flush=True)
+    made = next(iter(rows.values()))[1]
+    args.out.write_text(table(rows, args.steps, f"{made['device']}, {made['precision']}"), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

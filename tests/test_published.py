@@ -1,0 +1,518 @@
+"""Weights under other names: held against diffusers, forwards and backwards, from every kind of file; and refusals."""
+
+import argparse
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from ldm_edu import published
+from ldm_edu.autoencoder import AutoencoderKL
+from ldm_edu.published import (
+    FILES,
+    OLD_ATTENTION,
+    PREFIX,
+    build,
+    config_of,
+    from_diffusers,
+    from_released,
+    load_published,
+    name_table,
+    read_tensors,
+    save_diffusers,
+    to_diffusers,
+)
+from ldm_edu.quantization import AutoencoderVQ, IdentityFirstStage
+from ldm_edu.settings import CheckpointError, LDMError, save_json, save_tensors
+
+STABLE_DIFFUSION = dict(channels=128, multipliers=(1, 2, 4, 4), blocks=2, latent_channels=4)
+PAPER = [  # of table 8, with the attention of the released configurations
+    dict(channels=128, multipliers=(1, 2, 4), latent_channels=3),
+    dict(channels=128, multipliers=(1, 2, 4), latent_channels=3, attention=False, codes=8192),
+    dict(channels=128, multipliers=(1, 2, 2, 4), latent_channels=4, attention_factors=(8,), codes=16384),
+    dict(channels=128, multipliers=(1, 1, 2, 2, 4), latent_channels=16, attention_factors=(16,)),
+    dict(channels=128, multipliers=(1, 1, 2, 2, 4, 4), latent_channels=64, attention_factors=(16, 32)),
+]
+
+
+def random_config(seed: int, vq: bool = False) -> dict:
+    """A small first stage that diffusers has, too: its first level is always as wide as `channels`."""
+    rng = random.Random(seed)
+    levels, groups = rng.randint(1, 4), rng.choice([2, 4, 8])
+    config = dict(
+        channels=groups * rng.randint(1, 3),
+        multipliers=(1, *(rng.randint(1, 3) for _ in range(levels - 1))),
+        blocks=rng.randint(1, 2),
+        latent_channels=rng.randint(1, 6),
+        attention=rng.random() < 0.7,
+        attention_factors=tuple(2**i for i in range(levels) if rng.random() < 0.4),
+        groups=groups,
+    )
+    return config | (dict(codes=rng.randint(2, 300)) if vq else {})
+
+
+def pair(seed: int, vq: bool = False):
+    """One of our first stages and diffusers' with the same weights: theirs is configured here, not by the package."""
+    from diffusers import AutoencoderKL as TheirKL
+    from diffusers import VQModel
+
+    config = random_config(seed, vq)
+    torch.manual_seed(seed)
+    ours = (AutoencoderVQ if vq else AutoencoderKL)(**config).eval()
+    for name, x in ours.named_parameters():  # biases and norms that do something
+        torch.nn.init.normal_(
+            x, float("norm" in name and "weight" in name), 0.2 if x.ndim == 1 else x[0].numel() ** -0.5
+        )
+    attention = ["Attn" * (2**i in config["attention_factors"]) for i in range(len(config["multipliers"]))]
+    theirs = (VQModel if vq else TheirKL)(
+        down_block_types=[f"{a}DownEncoderBlock2D" for a in attention],
+        up_block_types=[f"{a}UpDecoderBlock2D" for a in attention[::-1]],
+        block_out_channels=[config["channels"] * m for m in config["multipliers"]],
+        layers_per_block=config["blocks"],
+        latent_channels=config["latent_channels"],
+        mid_block_add_attention=config["attention"],
+        norm_num_groups=config["groups"],
+        **(dict(num_vq_embeddings=config["codes"]) if vq else {}),
+    ).eval()
+    return ours, theirs
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference, as a part of the largest number."""
+    assert ours.shape == theirs.shape and theirs.isfinite().all()
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
+
+
+def assert_near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
+    """Equal to the precision of the arithmetic: close enough that another epsilon would show, see below."""
+    assert difference(ours, theirs) < 1e-5
+
+
+def sizes(seed: int, f: int) -> list[tuple[int, int]]:
+    """Pictures whose latents are not square and have odd sides."""
+    rng = random.Random(seed)
+    return [(f * 5, f * 3), (f * rng.choice([1, 3]), f * rng.choice([2, 5]))]
+
+
+@pytest.mark.parametrize("seed", range(14))
+@torch.no_grad()
+def test_kl_equals_diffusers(seed):
+    ours, theirs = pair(seed)
+    theirs.load_state_dict(to_diffusers(ours.state_dict()))
+    for size in sizes(seed, ours.f):
+        x = torch.randn(2, 3, *size)
+        mine, other = ours.posterior(x), theirs.encode(x).latent_dist
+        assert_near(mine.mean, other.mean)
+        assert_near(mine.logvar, other.logvar)
+        z = torch.randn_like(mine.mean)
+        assert_near(ours.decode(z), theirs.decode(z).sample)
+
+
+@pytest.mark.parametrize("seed", range(14))
+@torch.no_grad()
+def test_vq_equals_diffusers(seed):
+    ours, theirs = pair(seed, vq=True)
+    theirs.load_state_dict(to_diffusers(ours.state_dict()))
+    for size in sizes(seed, ours.f):
+        x = torch.randn(2, 3, *size)
+        assert_near(ours.encode(x), theirs.encode(x).latents)
+        z = torch.randn_like(ours.encode(x))
+        assert_near(ours.decode(z), theirs.decode(z).sample)
+        assert_near(ours(x)[0], theirs(x).sample)
+
+
+@pytest.mark.parametrize("seed", range(14))
+@torch.no_grad()
+def test_the_encoder_alone_on_sizes_that_are_no_multiples_of_f(seed):
+    ours, theirs = pair(seed)
+    theirs.load_state_dict(to_diffusers(ours.state_dict()))
+    for height, width in sizes(seed, ours.f):
+        x = torch.randn(1, 3, height + ours.f // 2 + 1, width + ours.f - 1)
+        assert_near(ours.encoder(x), theirs.encoder(x))
+
+
+@pytest.mark.parametrize("seed", range(14))
+@torch.no_grad()
+def test_another_epsilon_would_show(seed):
+    ours, _ = pair(seed)
+    x = torch.randn(2, 3, 5 * ours.f, 3 * ours.f)
+    right = ours.posterior(x).mean, ours.decode(z := torch.randn_like(ours.encode(x)))
+    for layer in ours.modules():
+        if isinstance(layer, torch.nn.GroupNorm):
+            layer.eps = 1e-5
+    assert max(map(difference, (ours.posterior(x).mean, ours.decode(z)), right)) > 1e-5
+
+
+@pytest.mark.parametrize("vq", [False, True])
+def test_stable_diffusions_own_configuration_maps_name_by_name_and_shape_by_shape(vq):
+    from diffusers import AutoencoderKL as TheirKL
+    from diffusers import VQModel
+
+    shape = dict(block_out_channels=[128, 256, 512, 512], layers_per_block=2, latent_channels=4)
+    blocks = dict(down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4)
+    with torch.device("meta"):
+        ours = (AutoencoderVQ if vq else AutoencoderKL)(**STABLE_DIFFUSION)
+        theirs = (VQModel(num_vq_embeddings=8192, **shape, **blocks) if vq else TheirKL(**shape, **blocks)).state_dict()
+    mapped = to_diffusers(ours.state_dict())
+    assert {name: x.shape for name, x in mapped.items()} == {name: x.shape for name, x in theirs.items()}
+    if not vq:
+        assert sum(x.numel() for x in mapped.values()) == sum(x.numel() for x in theirs.values()) == 83_653_863
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_agrees_with_diffusers_own_conversion_of_released_names(seed):
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    config = random_config(seed) | dict(attention=True, attention_factors=())  # theirs knows the middle's alone
+    tensors = AutoencoderKL(**config).state_dict()
+    levels = ["a block"] * len(config["multipliers"])
+    known = {"down_block_types": levels, "up_block_types": levels}
+    theirs = convert_ldm_vae_checkpoint({PREFIX + name: x for name, x in tensors.items()}, known)
+    ours = to_diffusers(tensors)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(x, theirs[name].reshape(x.shape)) for name, x in ours.items())
+
+
+@pytest.mark.parametrize("config", [random_config(seed, seed % 2 == 1) for seed in range(20)] + PAPER, ids=str)
+def test_there_and_back(config):
+    with torch.device("meta"):
+        tensors = (AutoencoderVQ if "codes" in config else AutoencoderKL)(**config).state_dict()
+    back = from_diffusers(to_diffusers(tensors))
+    assert {name: x.shape for name, x in back.items()} == {name: x.shape for name, x in tensors.items()}
+    released = from_released(tensors)
+    assert {name: x.shape for name, x in released.items()} == {name: x.shape for name, x in tensors.items()}
+    read = config_of(tensors)
+    assert read == {name: config[name] for name in read if name in config} | {
+        "blocks": config.get("blocks", 2),
+        "attention": config.get("attention", True),
+        "attention_factors": config.get("attention_factors", ()),
+    }
+    assert ("codes" in read) == ("codes" in config)
+
+
+def test_there_and_back_keeps_every_number():
+    tensors = AutoencoderVQ(**random_config(3, vq=True)).state_dict()
+    for back in (from_diffusers(to_diffusers(tensors)), from_released(tensors)):
+        assert all(torch.equal(back[name], x) for name, x in tensors.items())
+
+
+@pytest.mark.parametrize("levels", range(1, 7))
+def test_no_two_names_share_a_translation(levels):
+    table = name_table(levels, 3)
+    assert len(set(table.values())) == len(table)
+    assert table[f"decoder.up.{levels - 1}.block.0.conv1.weight"] == "decoder.up_blocks.0.resnets.0.conv1.weight"
+
+
+def aged(tensors: dict) -> dict:
+    """diffusers' names as they were before its attention was rewritten."""
+    old = {new: name for name, new in OLD_ATTENTION.items()}
+    return {re.sub(r"\.(to_[qkv]|to_out\.0)\.", lambda m: f".{old[m[1]]}.", name): x for name, x in tensors.items()}
+
+
+@pytest.mark.parametrize("convolutions", [False, True])
+def test_older_names_and_attention_as_convolutions(convolutions):
+    tensors = AutoencoderKL(8, (1, 2), 1, 2, groups=4, attention_factors=(2,)).state_dict()
+    theirs = aged(to_diffusers(tensors))
+    assert "encoder.mid_block.attentions.0.query.weight" in theirs
+    assert "decoder.up_blocks.0.attentions.1.proj_attn.bias" in theirs
+    assert not [name for name in theirs if "to_" in name]
+    if convolutions:
+        heavy = re.compile(r"\.(query|key|value|proj_attn)\.weight$")
+        theirs = {name: x[..., None, None] if heavy.search(name) else x for name, x in theirs.items()}
+    back = from_diffusers(theirs)
+    assert back.keys() == tensors.keys() and all(torch.equal(back[name], x) for name, x in tensors.items())
+
+
+def test_diffusers_reads_older_names_as_we_do(tmp_path):
+    from diffusers import AutoencoderKL as TheirKL
+
+    ours, theirs = pair(0)
+    theirs.save_pretrained(tmp_path)
+    save_tensors(aged(to_diffusers(ours.state_dict())), tmp_path / FILES[0], notes={"format": "pt"})
+    theirs, mine, x = TheirKL.from_pretrained(tmp_path), load_published(tmp_path), torch.randn(1, 3, 3 * ours.f, ours.f)
+    with torch.no_grad():
+        assert_near(mine.posterior(x).mean, theirs.encode(x).latent_dist.mean)
+
+
+def test_released_attention_may_be_linear():
+    tensors = AutoencoderKL(8, (1, 2), 1, 2, groups=4, attention_factors=(2,)).state_dict()
+    heavy = re.compile(r"attn[._]\d\.(q|k|v|proj_out)\.weight")
+    flat = {name: x.flatten(1) if heavy.search(name) else x for name, x in tensors.items()}
+    assert all(torch.equal(x, tensors[name]) for name, x in from_released(flat).items())
+
+
+def test_of_a_whole_model_only_the_first_stage_is_taken():
+    tensors = AutoencoderKL(8, (1, 2), 1, 2, groups=4).state_dict()
+    whole = {PREFIX + name: x for name, x in tensors.items()}
+    whole |= {PREFIX + "loss.logvar": torch.zeros(()), "model.diffusion_model.out.2.bias": torch.zeros(4)}
+    whole |= {"betas": torch.zeros(1000), "cond_stage_model.transformer.x": torch.zeros(1)}
+    assert from_released(whole).keys() == tensors.keys()
+
+
+def test_losses_and_averages_are_left_out_and_nothing_else():
+    tensors = AutoencoderKL(8, (1, 2), 1, 2, groups=4).state_dict()
+    more = {"loss.discriminator.main.0.weight": torch.zeros(1), "model_ema.decay": torch.zeros(())}
+    assert from_released(tensors | more).keys() == tensors.keys()
+    with pytest.raises(CheckpointError, match=r"encoder\.mid\.block_3\.conv1\.weight, surprise"):
+        from_released(tensors | {"encoder.mid.block_3.conv1.weight": torch.zeros(1), "surprise": torch.zeros(1)})
+    for translate in (to_diffusers, from_diffusers):
+        with pytest.raises(CheckpointError, match="surprise"):
+            translate({"surprise": torch.zeros(1)})
+
+
+# files
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("inner", ["", "vae", "vqvae"])
+@torch.no_grad()
+def test_reads_what_diffusers_writes(tmp_path, seed, inner):
+    ours, theirs = pair(seed, vq=inner == "vqvae")
+    theirs.register_to_config(scaling_factor=0.3)
+    theirs.save_pretrained(tmp_path / inner)
+    mine, x = load_published(tmp_path), torch.randn(1, 3, 5 * ours.f, 3 * ours.f)
+    assert type(mine) is type(ours) and not mine.training
+    assert mine.config == ours.config | ({} if inner == "vqvae" else {"scale_factor": 0.3})
+    z = theirs.encode(x).latents if inner == "vqvae" else 0.3 * theirs.encode(x).latent_dist.mean
+    assert_near(mine.encode(x), z)
+    assert_near(mine.decode(z), theirs.decode(z if inner == "vqvae" else z / 0.3).sample)
+
+
+@pytest.mark.parametrize("vq", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+@torch.no_grad()
+def test_diffusers_reads_what_we_write(tmp_path, seed, vq):
+    from diffusers import AutoencoderKL as TheirKL
+    from diffusers import VQModel
+
+    ours, _ = pair(seed, vq)
+    if not vq:
+        ours.scale_factor = 0.4
+    save_diffusers(ours, tmp_path)
+    theirs, said = (VQModel if vq else TheirKL).from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(said.values()) and theirs.config.scaling_factor == ours.scale_factor
+    x, z = torch.randn(1, 3, 3 * ours.f, ours.f), torch.randn(1, ours.latent_channels, 3, 1)
+    encoded = theirs.encode(x)
+    assert_near(ours.posterior(x).mean, encoded.latents if vq else encoded.latent_dist.mean)
+    assert_near(ours.decode(z * ours.scale_factor), theirs.decode(z).sample)
+    back = load_published(tmp_path)
+    assert back.config == ours.config
+    assert all(torch.equal(x, ours.state_dict()[name]) for name, x in back.state_dict().items())
+
+
+@pytest.fixture
+def small():
+    torch.manual_seed(0)
+    return AutoencoderKL(8, (1, 2), 1, 2, groups=4)
+
+
+def write(tensors, path):
+    if path.suffix == ".safetensors":
+        save_tensors(tensors, path)
+    else:
+        torch.save({"state_dict": tensors, "epoch": 3, "global_step": 7}, path)
+
+
+@pytest.mark.parametrize("kind", [".safetensors", ".ckpt", ".pt", ".pth", ".bin"])
+@pytest.mark.parametrize("naming", ["released", "whole model", "diffusers", "older diffusers"])
+def test_every_naming_in_every_kind_of_file(tmp_path, small, kind, naming):
+    tensors = small.state_dict()
+    if naming == "whole model":
+        tensors = {PREFIX + name: x for name, x in tensors.items()} | {"model.diffusion_model.x": torch.zeros(2)}
+    elif "diffusers" in naming:
+        tensors = to_diffusers(tensors) if naming == "diffusers" else aged(to_diffusers(tensors))
+    path = tmp_path / f"weights{kind}"
+    write(tensors, path)
+    loaded = load_published(path, scale_factor=0.18215, groups=4)
+    assert loaded.config == small.config | {"scale_factor": 0.18215}
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in small.state_dict().items())
+
+
+def test_a_state_dict_without_anything_around_it_and_half_precision(tmp_path, small):
+    torch.save({name: x.half() for name, x in small.state_dict().items()}, tmp_path / "half.pt")
+    loaded = load_published(tmp_path / "half.pt", groups=4)
+    assert {x.dtype for x in loaded.parameters()} == {torch.float32} and all(
+        x.requires_grad for x in loaded.parameters()
+    )
+    for name, x in small.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], x.half().float(), rtol=0, atol=0)
+
+
+def test_loading_leaves_the_random_streams_alone(tmp_path, small):
+    save_diffusers(small, tmp_path)
+    torch.manual_seed(1)
+    expected = torch.randn(3)
+    torch.manual_seed(1)
+    load_published(tmp_path)
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_the_scale_that_a_whole_model_measured_is_read(tmp_path, small):
+    whole = {PREFIX + name: x for name, x in small.state_dict().items()}
+    save_tensors(whole | {"scale_factor": torch.tensor(0.25)}, tmp_path / "whole.safetensors")
+    assert load_published(tmp_path / "whole.safetensors", groups=4).scale_factor == 0.25
+    assert load_published(tmp_path / "whole.safetensors", scale_factor=2.0, groups=4).scale_factor == 2.0
+
+
+def test_a_silent_diffusers_config_means_what_it_means_to_diffusers(tmp_path):
+    from diffusers import AutoencoderKL as TheirKL
+
+    save_diffusers(AutoencoderKL(32, (1, 2), 1, 2), tmp_path)
+    config = {"_class_name": "AutoencoderKL"}
+    (tmp_path / "config.json").unlink()
+    save_json(config, tmp_path / "config.json")
+    defaults, loaded = TheirKL().config, load_published(tmp_path)
+    assert loaded.scale_factor == defaults.scaling_factor and loaded.config["groups"] == defaults.norm_num_groups
+
+
+def test_legacy_is_kept_for_a_codebook(tmp_path):
+    save_diffusers(AutoencoderVQ(8, (1, 2), 1, 2, codes=16, groups=4), tmp_path)
+    assert load_published(tmp_path, legacy=True).quantize.legacy and not load_published(tmp_path).quantize.legacy
+    with pytest.raises(CheckpointError, match=r"scale_factor=0\.18215.*not rescaled"):
+        load_published(tmp_path, scale_factor=0.18215)
+
+
+# what is refused
+
+
+class Foreign:
+    """What a pickle should not contain."""
+
+
+def broken(kind: str, folder, tensors: dict):
+    """A path that cannot be read, in one of many ways, and what the message says of it."""
+    file, weights = folder / "x.safetensors", "decoder.conv_in.weight"
+    if kind == "nothing there":
+        return folder / "none.safetensors", "none.safetensors is missing"
+    if kind == "no pickle there":
+        return folder / "none.ckpt", "none.ckpt is missing"
+    if kind == "another ending":
+        return folder / "x.onnx", r"ends in \.safetensors, \.ckpt"
+    if kind == "an empty folder":
+        return folder, "no folder of a diffusers AutoencoderKL or VQModel"
+    if kind == "our own folder":
+        AutoencoderKL(8, (1, 2), 1, 2, groups=4).save_pretrained(folder)
+        return folder, "load_first_stage"
+    if kind == "a folder without weights":
+        save_json({"_class_name": "AutoencoderKL"}, folder / "config.json")
+        return folder, "diffusion_pytorch_model.safetensors is missing"
+    if kind == "config no JSON":
+        (folder / "config.json").write_text("{")
+        return folder, "config.json is not JSON"
+    if kind == "a shift":
+        save_diffusers(AutoencoderKL(32, (1, 2), 1, 2), folder)
+        (folder / "config.json").write_text('{"_class_name": "AutoencoderKL", "shift_factor": 0.1}')
+        return folder, r"shift_factor=0\.1"
+    if kind in ("no scale", "no groups"):
+        save_diffusers(AutoencoderKL(32, (1, 2), 1, 2), folder)
+        said = {"scaling_factor": None} if kind == "no scale" else {"norm_num_groups": 0}
+        (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"} | said))
+        return folder, "scale factor None" if kind == "no scale" else "groups 0 should be"
+    if kind == "cut off safetensors":
+        save_tensors(tensors, file)
+        file.write_bytes(file.read_bytes()[:5000])
+        return file, "copy it again"
+    pickle = folder / "x.ckpt"
+    if kind == "pickle with an object":
+        torch.save({"state_dict": tensors, "callbacks": Foreign()}, pickle)
+        return pickle, r"refused: .*Foreign.*take the same weights as \.safetensors"
+    if kind == "pickle with settings":
+        torch.save({"state_dict": tensors, "args": argparse.Namespace(a=1)}, pickle)
+        return pickle, r"refused: .*argparse\.Namespace"
+    if kind in ("text as pickle", "empty pickle"):
+        pickle.write_text("hello there" if kind == "text as pickle" else "")
+        return pickle, "no whole PyTorch file"
+    if kind == "cut off pickle":
+        torch.save(tensors, pickle)
+        pickle.write_bytes(pickle.read_bytes()[:5000])
+        return pickle, "no whole PyTorch file"
+    nothing = {"pickled list": [1, 2], "no tensors": {"state_dict": {"a": 1}}, "a list inside": {"state_dict": [1]}}
+    if kind in nothing:
+        torch.save(nothing[kind], pickle)
+        return pickle, "no named tensors"
+    tensors, match = {
+        "another model": ({"conv.weight": torch.zeros(3)}, r"conv\.weight: no such name"),
+        "an unknown name": (tensors | {"extra.bias": torch.zeros(3)}, r"extra\.bias: no such name.*released"),
+        "encoder only": ({k: v for k, v in tensors.items() if k[0] != "d"}, r"no tensor 'decoder\.conv_in"),
+        "decoder only": ({k: v for k, v in tensors.items() if k[0] == "d"}, "no whole first stage"),
+        "no quant_conv": ({k: v for k, v in tensors.items() if "quant" not in k}, r"'quant_conv\.weight' is missing"),
+        "a wrong shape": (
+            tensors | {weights: torch.zeros(16, 2, 1, 1)},
+            r"'decoder\.conv_in.*\(16, 2, 1, 1\).*\(16, 2",
+        ),
+        "a wrong rank": (tensors | {weights: torch.zeros(16)}, r"'decoder\.conv_in\.weight' has the shape \(16,\)"),
+        "whole numbers": (
+            tensors | {"quant_conv.bias": torch.zeros(4, dtype=torch.int8)},
+            r"'quant_conv\.bias'.*int8",
+        ),
+        "attention on one side": (
+            {k: v for k, v in tensors.items() if "encoder.mid.attn" not in k},
+            r"'decoder\.mid\.attn_1.*is there, but",
+        ),
+        "one tensor of six": (
+            {k: v for k, v in tensors.items() if k != "encoder.mid.attn_1.v.bias"},
+            r"'encoder\.mid\.attn_1\.v\.bias' is missing",
+        ),
+        "widths that do not divide": (
+            {
+                k: torch.zeros(20, *v.shape[1:]) if k == "encoder.down.1.block.0.conv1.weight" else v
+                for k, v in tensors.items()
+            },
+            "20 channels.*multiple of the first's 8",
+        ),
+    }[kind]
+    save_tensors(tensors, file)
+    return file, match
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "nothing there", "no pickle there", "another ending", "an empty folder", "our own folder",
+        "a folder without weights", "config no JSON", "a shift", "no scale", "no groups", "cut off safetensors",
+        "pickle with an object", "pickle with settings", "text as pickle", "empty pickle", "cut off pickle",
+        "pickled list", "no tensors", "a list inside", "another model", "an unknown name", "encoder only",
+        "decoder only", "no quant_conv", "a wrong shape", "a wrong rank", "whole numbers",
+        "attention on one side", "one tensor of six", "widths that do not divide",
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_named(tmp_path, small, kind):
+    path, match = broken(kind, tmp_path, small.state_dict())
+    with pytest.raises(CheckpointError, match=match) as caught:
+        load_published(path, groups=None if path.is_dir() else 4)
+    assert path.name in str(caught.value)
+
+
+def test_groups_that_no_layer_can_have(tmp_path, small):
+    save_tensors(small.state_dict(), tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match="8 cannot be split into 32 groups"):
+        load_published(tmp_path / "x.safetensors")
+
+
+def test_what_diffusers_has_not_is_not_written(tmp_path):
+    with pytest.raises(LDMError, match="IdentityFirstStage"):
+        save_diffusers(IdentityFirstStage(), tmp_path / "a")
+    with pytest.raises(LDMError, match=r"multipliers=\(2, 4\)"):
+        save_diffusers(AutoencoderKL(8, (2, 4), 1, 2, groups=4), tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_first_level_wider_than_channels_is_read_all_the_same():
+    wide = AutoencoderKL(8, (2, 4), 1, 2, groups=4).eval()
+    loaded = build(from_released(wide.state_dict()), groups=4)
+    x = torch.randn(1, 3, 8, 8)
+    assert loaded.config == wide.config and torch.equal(loaded.encode(x), wide.encode(x))
+
+
+def test_read_tensors_gives_tensors_and_nothing_else(tmp_path):
+    torch.save({"a": torch.zeros(2), "epoch": 3, 5: torch.zeros(1)}, tmp_path / "x.pt")
+    assert read_tensors(tmp_path / "x.pt").keys() == {"a"}
+
+
+def test_diffusers_is_not_imported_by_the_package():
+    source = Path(published.__file__).read_text(encoding="utf-8")
+    imported = {name.split(".")[0] for name in re.findall(r"^\s*(?:from|import) ([\w.]+)", source, re.MULTILINE)}
+    assert "torch" in imported and "diffusers" not in imported

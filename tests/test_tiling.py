@@ -1,0 +1,302 @@
+"""Tiles against the whole: random configurations and sizes, each cause of a difference apart, memory, and diffusers."""
+
+import random
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from ldm_edu.autoencoder import AutoencoderKL, FirstStage, MiddleAttention
+from ldm_edu.data import ToyCOCO
+from ldm_edu.quantization import AutoencoderVQ, IdentityFirstStage, load_first_stage
+from ldm_edu.settings import LDMError
+from ldm_edu.tiling import NORMS, decode_tiled, encode_tiled, fixed_norms, recorded_norms, tile_starts, tile_weights
+
+LEVEL = 2 / 255  # one grey level, where pictures are in [-1, 1]
+
+
+def small(kind: str = "kl", multipliers: tuple[int, ...] = (1, 2, 2), attention: bool = True) -> FirstStage:
+    """A narrow first stage with weights large enough that far places matter."""
+    torch.manual_seed(0)
+    shape = dict(channels=8, multipliers=multipliers, blocks=1, attention=attention, groups=4, latent_channels=3)
+    model = AutoencoderVQ(codes=16, **shape) if kind == "vq" else AutoencoderKL(scale_factor=0.7, **shape)
+    for parameter in model.parameters():
+        parameter.data *= 1.5
+    return model.eval()
+
+
+def pictures(height: int, width: int, b: int = 1) -> torch.Tensor:
+    return torch.rand(b, 3, height, width, generator=torch.Generator().manual_seed(height + width)) * 2 - 1
+
+
+@contextmanager
+def as_the_whole(model: nn.Module, *runs):
+    """The statistics that the `runs` have, fixed; gives their results."""
+    with torch.no_grad(), recorded_norms(model) as norms:
+        results = [run() for run in runs]
+    with fixed_norms(norms):
+        yield results
+
+
+@contextmanager
+def without_attention(model: nn.Module):
+    layers = [layer for layer in model.modules() if isinstance(layer, MiddleAttention)]
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(layer.register_forward_hook(lambda _, args, out: args[0]).remove)
+        yield
+
+
+# --- Where tiles lie and what they count ---
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_tiles_cover_everything_with_shares_that_add_up_to_one(seed):
+    rng = random.Random(seed)
+    tile, length, scale = rng.randint(1, 40), rng.randint(1, 150), rng.choice((1, 2, 8))
+    overlap = rng.randint(0, tile - 1)
+    starts = tile_starts(length, tile, overlap)
+    assert starts[0] == 0 and (len(starts) == 1 if length <= tile else starts[-1] + tile == length)
+    assert all(0 < b - a <= tile - overlap for a, b in zip(starts, starts[1:]))
+    assert len(starts) == 1 or (len(starts) - 1) * (tile - overlap) < length - overlap, "a tile less would do"
+    weights = tile_weights([s * scale for s in starts], length * scale, tile * scale, overlap * scale)
+    assert weights.isfinite().all() and (weights >= 0).all()
+    torch.testing.assert_close(weights.sum(0), torch.ones(length * scale))
+    for start, row in zip(starts, weights):
+        assert not row[: start * scale].any() and not row[(start + tile) * scale :].any()
+
+
+def test_the_spoilt_part_of_an_overlap_counts_nothing():
+    weights = tile_weights([0, 24, 48], 88, 40, 16)
+    assert weights[0, :30].eq(1).all() and weights[0, 34:].eq(0).all()  # cut at 40: six thrown away, four blended
+    torch.testing.assert_close(weights[0, 30:34], torch.tensor([7, 5, 3, 1]) / 8)
+    assert weights[2, 58:].eq(1).all() and weights[2, :54].eq(0).all()
+
+
+# --- Tiles against the whole ---
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_any_first_stage_any_size(seed):
+    rng = random.Random(seed)
+    model = IdentityFirstStage() if seed % 3 == 2 else small(("kl", "vq")[seed % 3], (1, 2, 2)[: rng.randint(1, 3)])
+    f, norms = model.f, rng.choice(NORMS)
+    tile, height, width = f * rng.randint(2, 8), f * rng.randint(1, 20), f * rng.randint(1, 20)
+    overlap = f * rng.randint(0, tile // f - 1)
+    x = pictures(height, width, b=2)
+    z = encode_tiled(model, x, torch.randn(2, 3, height // f, width // f), tile=tile, overlap=overlap, norms=norms)
+    back = decode_tiled(model, z, tile=tile, overlap=overlap, norms=norms)
+    assert z.shape == (2, 3, height // f, width // f) and back.shape == x.shape
+    assert z.isfinite().all() and back.isfinite().all()
+    if f == 1 and isinstance(model, IdentityFirstStage):
+        torch.testing.assert_close(back, x)
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq"])
+@pytest.mark.parametrize("size", [(40, 64), (64, 48), (64, 64)])
+def test_what_fits_one_tile_is_the_whole_to_the_last_bit(kind, size):
+    model, x = small(kind), pictures(*size)
+    noise = torch.randn(1, 3, size[0] // 4, size[1] // 4)
+    with torch.no_grad():
+        for eps in (None, noise):
+            z = encode_tiled(model, x, eps, tile=64, overlap=16)
+            assert torch.equal(z, model.encode(x, eps))
+        assert torch.equal(decode_tiled(model, z, tile=64, overlap=16), model.decode(z))
+
+
+@pytest.mark.parametrize("height, width", [(232, 232), (64, 300), (300, 96), (124, 128)])
+def test_convolutions_alone_are_exact_beyond_their_reach(height, width):
+    """f = 4 with one block reaches 52 pixels; three eighths of 144 are 54."""
+    model, x = small(attention=False), pictures(height, width, b=2)
+    noise = torch.randn(2, 3, height // 4, width // 4)
+    with as_the_whole(model, lambda: model.encode(x, noise), lambda: model.decode(noise)) as (z, back):
+        tiled = encode_tiled(model, x, noise, tile=160, overlap=144, norms="tile")
+        torch.testing.assert_close(tiled, z, rtol=1e-4, atol=1e-4)
+        tiled = decode_tiled(model, noise, tile=160, overlap=144, norms="tile")
+        torch.testing.assert_close(tiled, back, rtol=1e-4, atol=1e-4)
+
+
+def test_the_shipped_first_stage_is_within_a_grey_level_of_the_whole():
+    """The default overlap of 20 f, attention off, statistics of the whole."""
+    model, scene = load_first_stage("toy-text2image"), ToyCOCO("test", size=256)[5]["image"][None]
+    with without_attention(model):
+        with torch.no_grad():
+            z = model.encode(scene)
+        with as_the_whole(model, lambda: model.encode(scene), lambda: model.decode(z)) as (z, back):
+            assert (encode_tiled(model, scene, tile=200, overlap=160, norms="tile") - z).abs().max() < LEVEL
+            assert (decode_tiled(model, z, tile=200, overlap=160, norms="tile") - back).abs().max() < LEVEL
+
+
+def test_the_default_overlap_is_twenty_f_and_at_most_half_a_tile():
+    model, z = small(), torch.randn(1, 3, 50, 30)
+    for tile, overlap in ((512, 80), (120, 60), (88, 44)):
+        assert torch.equal(decode_tiled(model, z, tile=tile), decode_tiled(model, z, tile=tile, overlap=overlap))
+
+
+def test_a_thumbnail_gives_what_the_whole_knows():
+    """A bright and a dark half: statistics of a tile wash out the difference, those of the thumbnail keep most of it."""
+    model = small(attention=False)
+    x = torch.cat([pictures(64, 128) * 0.1 - 0.8, pictures(64, 128) * 0.5 + 0.5], 3)
+    with torch.no_grad():
+        z = model.encode(x)
+    tile, thumbnail = (encode_tiled(model, x, tile=64, overlap=32, norms=norms) for norms in ("tile", "thumbnail"))
+    assert (thumbnail - z).abs().mean() < 0.5 * (tile - z).abs().mean()
+
+
+def test_pictures_of_a_batch_do_not_meet():
+    model, x = small(), pictures(64, 96, b=3)
+    together = encode_tiled(model, x, tile=32, overlap=8)
+    alone = torch.cat([encode_tiled(model, one[None], tile=32, overlap=8) for one in x])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+
+
+def test_a_draw_blends_means_and_deviations():
+    model, x = small(), pictures(64, 96)
+    noise = torch.randn(1, 3, 16, 24)
+    mean, once, twice = (encode_tiled(model, x, eps, tile=32, overlap=16) for eps in (None, noise, 2 * noise))
+    torch.testing.assert_close(twice - mean, 2 * (once - mean), rtol=1e-3, atol=1e-4)
+    assert ((once - mean) * noise >= -1e-5).all(), "a standard deviation is not negative"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_precision_is_kept(dtype):
+    model, x = small().to(dtype), pictures(64, 96).to(dtype)
+    z = encode_tiled(model, x, tile=32, overlap=16)
+    back = decode_tiled(model, z, tile=32, overlap=16)
+    assert z.dtype == back.dtype == dtype and back.isfinite().all()
+
+
+def test_a_model_on_a_device_and_a_picture_on_the_cpu():
+    if not torch.cuda.is_available():
+        pytest.skip("needs CUDA")
+    model, x = small(), pictures(64, 96)
+    here = decode_tiled(model, encode_tiled(model, x, tile=32), tile=32)
+    there = decode_tiled(model.cuda(), encode_tiled(model, x, tile=32), tile=32)
+    assert there.device.type == "cpu"
+    torch.testing.assert_close(there, here, rtol=1e-2, atol=1e-2)
+
+
+# --- Memory ---
+
+
+def largest(model: nn.Module, run) -> int:
+    """Elements of the largest output of any layer."""
+    sizes = []
+    with ExitStack() as stack:
+        for layer in model.modules():
+            stack.callback(layer.register_forward_hook(lambda _, args, out: sizes.append(out.numel())).remove)
+        run()
+    return max(sizes)
+
+
+@pytest.mark.parametrize("norms", NORMS)
+def test_activations_do_not_grow_with_the_picture(norms):
+    model = small()
+    sizes = {
+        run: {largest(model, lambda: run(side)) for side in (64, 128, 256)}
+        for run in (
+            lambda side: encode_tiled(model, pictures(side, side), tile=64, overlap=16, norms=norms),
+            lambda side: decode_tiled(model, torch.randn(1, 3, side // 4, side // 4), tile=64, overlap=16, norms=norms),
+        )
+    }
+    assert all(len(found) == 1 for found in sizes.values()), sizes.values()
+
+
+def test_nothing_is_kept_for_gradients():
+    model, x = small(), pictures(32, 64).requires_grad_()
+    z = encode_tiled(model, x, tile=32, overlap=8)
+    assert not z.requires_grad and not decode_tiled(model, z, tile=32, overlap=8).requires_grad
+
+
+# --- The switches ---
+
+
+def test_switches_leave_no_trace():
+    model, x = small(), pictures(32, 32)
+    with torch.no_grad():
+        before = model.encode(x)
+        with pytest.raises(ZeroDivisionError), recorded_norms(model) as norms:
+            model.encode(pictures(32, 48))
+            1 / 0
+        with pytest.raises(ZeroDivisionError), fixed_norms(norms):
+            assert not torch.allclose(model.encode(x), before)
+            1 / 0
+        assert torch.equal(model.encode(x), before)
+    assert not any(layer._forward_hooks for layer in model.modules())
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_own_statistics_change_nothing(seed):
+    rng = random.Random(seed)
+    groups = rng.choice((1, 2, 4))
+    norm = nn.GroupNorm(groups, groups * rng.randint(1, 4), eps=1e-6)
+    nn.init.normal_(norm.weight), nn.init.normal_(norm.bias)
+    x = torch.randn(2, norm.num_channels, 5, 7) * 3 + 1
+    with recorded_norms(norm) as norms:
+        expected = norm(x)
+    with fixed_norms(norms):
+        torch.testing.assert_close(norm(x), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(norm(x[..., :3]), expected[..., :3], rtol=1e-4, atol=1e-5)
+
+
+# --- Errors ---
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(tile=30), "tile: 30 pixels.*multiple of f = 4"),
+        (dict(tile=0), "tile: 0 pixels.*at least 4"),
+        (dict(tile=-4), "tile: -4 pixels"),
+        (dict(tile=32, overlap=6), "overlap: 6 pixels.*multiple of f = 4"),
+        (dict(tile=32, overlap=-4), "overlap: -4 pixels.*at least 0"),
+        (dict(tile=32, overlap=32), "overlap: 32 pixels.*less than tile"),
+        (dict(norms="whole"), "norms: 'whole'.*'thumbnail', 'tile'"),
+    ],
+)
+def test_refuses_what_does_not_fit(arguments, message):
+    model = small()
+    with pytest.raises(LDMError, match=message):
+        encode_tiled(model, pictures(32, 32), **arguments)
+    with pytest.raises(LDMError, match=message):
+        decode_tiled(model, torch.randn(1, 3, 8, 8), **arguments)
+
+
+def test_refuses_odd_pictures_and_noise():
+    model = small()
+    with pytest.raises(LDMError, match="multiples of f = 4"):
+        encode_tiled(model, pictures(32, 34), tile=32)
+    with pytest.raises(LDMError, match=r"noise: shape \(1, 3, 8, 7\).*\(1, 3, 8, 8\)"):
+        encode_tiled(model, pictures(32, 32), torch.randn(1, 3, 8, 7))
+
+
+# --- diffusers ---
+
+
+def test_closer_to_the_whole_than_diffusers_tiles():
+    """The shipped decoder's weights in diffusers' class, the same tiles and overlap, the whole's statistics for both."""
+    from diffusers import AutoencoderKL as Theirs
+    from test_autoencoder import diffusers_name
+
+    ours = load_first_stage("toy-text2image")
+    config = ours.config
+    levels, widths = len(config["multipliers"]), [config["channels"] * m for m in config["multipliers"]]
+    theirs = Theirs(
+        down_block_types=["DownEncoderBlock2D"] * levels, up_block_types=["UpDecoderBlock2D"] * levels,
+        block_out_channels=widths, layers_per_block=config["blocks"], latent_channels=config["latent_channels"],
+        norm_num_groups=config["groups"], sample_size=128,
+    ).eval()  # fmt: skip
+    flat = {k: v.flatten(1) if v.ndim == 4 and "attn_1" in k else v for k, v in ours.state_dict().items()}
+    theirs.load_state_dict({diffusers_name(k, levels): v for k, v in flat.items()})
+    scene = ToyCOCO("test", size=224)[3]["image"][None]
+    with torch.no_grad():
+        z = ours.encode(scene)
+        raw = z / ours.scale_factor
+        with as_the_whole(ours, lambda: ours.decode(z)) as (whole,):
+            mine = decode_tiled(ours, z, tile=128, overlap=32, norms="tile")
+        with as_the_whole(theirs, lambda: theirs.decode(raw).sample) as (their_whole,):
+            theirs.enable_tiling()
+            other = theirs.decode(raw).sample
+    torch.testing.assert_close(their_whole, whole, rtol=1e-3, atol=1e-3)
+    assert (mine - whole).abs().mean() < (other - whole).abs().mean()
