@@ -79,7 +79,7 @@ def tile_starts(
     n = -(-(length - overlap) // (tile - overlap))
     return [i * (length - tile) // (n - 1) for i in range(n)]
 
-# %% ../nbs/04c_tiling.ipynb #b317853b
+# %% ../nbs/04c_tiling.ipynb #b91db8dd
 DISCARDED = 3 / 8  # share of the overlap that is thrown away on either side
 
 
@@ -93,8 +93,8 @@ def tile_weights(
     place = torch.arange(length, dtype=torch.float64) + 0.5
     rows = []
     for start in starts:
-        before = place - start if start > 0 else torch.full_like(place, length)
-        after = start + tile - place if start + tile < length else torch.full_like(place, length)
+        before = place - start if start > 0 else torch.full_like(place, tile)
+        after = start + tile - place if start + tile < length else torch.full_like(place, tile)
         rows.append((torch.minimum(before, after) - DISCARDED * overlap).clamp(min=0))
     weights = torch.stack(rows)
     return (weights / weights.sum(0)).float()
@@ -139,13 +139,13 @@ def _cells(
         raise LDMError(f"overlap: {overlap} pixels, but it must be less than tile, which is {tile}")
     return tile // f, overlap // f
 
-# %% ../nbs/04c_tiling.ipynb #075ef827
+# %% ../nbs/04c_tiling.ipynb #0e1035e0
 NORMS = ("thumbnail", "tile")  # over what GroupNorm may take its statistics
 
 
 @contextmanager
 def _thumbnail_norms(norms: str, model: nn.Module, run: Callable, x: Tensor, side: int) -> Iterator[None]:
-    "Within the `with` block: the statistics of `x` shrunk to at most `side` × `side`, where they are wanted and needed."
+    "Within the `with` block: the statistics of `x` shrunk to at most `side` × `side`, where wanted and needed."
     if norms not in NORMS:
         raise LDMError(f"norms: {norms!r} is not known; choose one of {', '.join(map(repr, NORMS))}")
     if norms == "tile" or max(x.shape[-2:]) <= side:

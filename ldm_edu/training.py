@@ -717,7 +717,7 @@ def cached_latents(
         save_tensors({"mean": mean, "logvar": logvar}, path, notes=notes)
     return mean, logvar
 
-# %% ../nbs/15_training.ipynb #623d1dfe
+# %% ../nbs/15_training.ipynb #ceca3103
 def open_run(folder: str | Path, recipe: AnyRecipe, resume: bool) -> Path:
     "The run's folder with its recipe in it; `LDMError` where it holds another run, or none that could go on."
     folder = Path(folder)
@@ -738,7 +738,7 @@ def open_run(folder: str | Path, recipe: AnyRecipe, resume: bool) -> Path:
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
     for file in folder.rglob(".*") if resume else ():  # of a save in which the run was killed: see `atomic`
-        if file.is_file() and re.fullmatch(r"\..+\.(safetensors|jsonl|json|png)\.\d+", file.name):
+        if file.is_file() and re.fullmatch(r"\..+\.(safetensors|jsonl|json|png)\.\d+|\.tmp\w{6}", file.name):
             file.unlink()
     with writing(folder):
         save_json(recipe_to_dict(recipe), path)
@@ -785,7 +785,7 @@ def check_fit(recipe: Recipe | AutoencoderRecipe, sample: Mapping[str, Any]) -> 
     if task and task.conditioner is not None:
         task.conditioner.tokenizer.encode(sample["caption"])
 
-# %% ../nbs/15_training.ipynb #371755e3
+# %% ../nbs/15_training.ipynb #ce09f5ee
 def count(training: Training, pictures: ImageCache) -> int:
     "How many of the pictures a stage is trained on."
     return len(pictures) if training.images is None else min(training.images, len(pictures))
@@ -799,6 +799,10 @@ def train_first_stage(
     weights_dir: str | Path | None = None,  # where the weights of LPIPS lie, if the recipe wants it
 ) -> tuple[FirstStage, dict[str, Any]]:
     "The first stage of a recipe, with its scale factor; and how it was made."
+    if run.compile and recipe.first_stage.adversarial:
+        raise LDMError(
+            "compile: the adaptive weight needs a gradient in mid-step, which a compiled network cannot give"
+        )
     torch.manual_seed(recipe.seed)
     what, side, accelerator = recipe.first_stage, recipe.size // recipe.first_stage.f, run.accelerator
     perceptual = perceptual_distance(what.perceptual, weights_dir)
@@ -900,9 +904,14 @@ def said(
         return {}
     return {"caption": [captions[i][int(u * len(captions[i]))] for i, u in zip(indices, phrase.tolist())]}
 
-# %% ../nbs/15_training.ipynb #045746fa
+# %% ../nbs/15_training.ipynb #2ef93884
 def stored(
-    recipe: Recipe, split: str, cache_dir: Path, data_dir: str | Path | None, n: int | None, run: Run
+    recipe: Recipe | AutoencoderRecipe,
+    split: str,
+    cache_dir: Path,
+    data_dir: str | Path | None,
+    n: int | None,
+    run: Run,
 ) -> ImageCache:
     "The pictures of a split, from the cache; made there the first time, by one process."
     phrasings = {"keys": ("image", "captions")} if recipe.dataset == "toy" else {}  # all five captions of a scene
