@@ -44,12 +44,12 @@ def recorded_norms(model: nn.Module) -> Iterator[Norms]:
         for hook in hooks:
             hook.remove()
 
-# %% ../nbs/04c_tiling.ipynb #5560cddb
+# %% ../nbs/04c_tiling.ipynb #38af83fa
 def _scale_shift(norm: nn.GroupNorm, var: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    "What is left of a GroupNorm with known statistics: a factor and a summand for each channel, (b, c, 1, 1)."
+    "What is left of a GroupNorm with known statistics: a factor and a summand for each channel, both (b, c)."
     var, mean = (v.repeat_interleave(norm.num_channels // norm.num_groups, 1) for v in (var, mean))  # (b, c)
     scale = norm.weight * (var + norm.eps).rsqrt()
-    return scale[..., None, None], (norm.bias - scale * mean)[..., None, None]
+    return scale, norm.bias - scale * mean
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def fixed_norms(norms: Norms) -> Iterator[None]:
     "Within the `with` block: the GroupNorms use these statistics instead of their input's."
 
     def replace(norm: nn.GroupNorm, args: tuple[Tensor], out: Tensor) -> Tensor:
-        scale, shift = _scale_shift(norm, *norms[norm])
+        scale, shift = (v.reshape(*v.shape, *[1] * (out.ndim - 2)) for v in _scale_shift(norm, *norms[norm]))
         return (scale * args[0] + shift).to(out.dtype)
 
     hooks = [norm.register_forward_hook(replace) for norm in norms]
