@@ -123,23 +123,22 @@ class AutoencoderVQ(FirstStage):
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.latent_channels, self.f, self.made = latent_channels, 2 ** (len(multipliers) - 1), made
 
-    def posterior(self, x: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:
+    def finish(self, h: Float[Tensor, "b d h3 w3"]) -> DiagonalGaussian:
         "The latent before quantisation, as a Gaussian of practically no width."
-        self.check_size(x)
-        z = self.quant_conv(self.encoder(x))
+        z = self.quant_conv(self.encoder.finish(h))
         return DiagonalGaussian(z, torch.full_like(z, -30.0))
 
-    def encode(
+    def latent(
         self,
-        x: Float[Tensor, "b 3 h w"],  # pictures in [−1, 1]
+        posterior: DiagonalGaussian,
         noise: Float[Tensor, "b c h2 w2"] | None = None,  # not used: this encoder gives a point
     ) -> Float[Tensor, "b c h2 w2"]:
-        "The latent for the diffusion model, (b, c, h/f, w/f), before quantisation and not rescaled (app. G)."
-        return self.posterior(x).mean
+        "The latent before quantisation, not rescaled (app. G)."
+        return posterior.mean
 
-    def decode(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
-        "The picture of a latent, quantised first; not clamped to [−1, 1]."
-        return self.decoder(self.post_quant_conv(self.quantize(z).z))
+    def start(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
+        "The decoder's first half, whose first layer is the codebook."
+        return self.decoder.start(self.post_quant_conv(self.quantize(z).z))
 
     def forward(
         self,
@@ -160,19 +159,27 @@ class IdentityFirstStage(FirstStage):
         super().__init__()
         self.f, self.latent_channels, self.made = 1, 3, made
 
-    def posterior(self, x: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:
-        "The picture, as a Gaussian of practically no width."
-        return DiagonalGaussian(x, torch.full_like(x, -30.0))
-
-    def encode(
-        self, x: Float[Tensor, "b 3 h w"], noise: Float[Tensor, "b 3 h w"] | None = None
-    ) -> Float[Tensor, "b 3 h w"]:
+    def shrink(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         "The picture."
         return x
 
-    def decode(self, z: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    def finish(self, h: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:
+        "The picture, as a Gaussian of practically no width."
+        return DiagonalGaussian(h, torch.full_like(h, -30.0))
+
+    def latent(
+        self, posterior: DiagonalGaussian, noise: Float[Tensor, "b 3 h w"] | None = None
+    ) -> Float[Tensor, "b 3 h w"]:
+        "The picture."
+        return posterior.mean
+
+    def start(self, z: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         "The latent."
         return z
+
+    def grow(self, h: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        "The latent."
+        return h
 
 # %% ../nbs/04a_quantization.ipynb #71a57236
 def load_first_stage(

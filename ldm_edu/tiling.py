@@ -19,13 +19,8 @@ from torch import Tensor, nn
 from .autoencoder import FirstStage
 from .settings import LDMError
 
-# %% ../nbs/04c_tiling.ipynb #48032c82
+# %% ../nbs/04c_tiling.ipynb #bd677d92
 Norms = dict[nn.GroupNorm, tuple[Tensor, Tensor]]  # of each layer the variance and the mean, both (b, groups)
-
-
-def _hooked(model: nn.Module, hook: Callable, kind: type = nn.GroupNorm) -> list:
-    "Register `hook` on every layer of a kind."
-    return [layer.register_forward_hook(hook) for layer in model.modules() if isinstance(layer, kind)]
 
 
 @contextmanager
@@ -37,7 +32,7 @@ def recorded_norms(model: nn.Module) -> Iterator[Norms]:
         groups = args[0].float().unflatten(1, (norm.num_groups, -1)).flatten(2)  # (b, groups, c/groups · h · w)
         norms[norm] = torch.var_mean(groups, dim=2, correction=0)
 
-    hooks = _hooked(model, note)
+    hooks = [norm.register_forward_hook(note) for norm in model.modules() if isinstance(norm, nn.GroupNorm)]
     try:
         yield norms
     finally:
@@ -100,27 +95,35 @@ def tile_weights(
     return (weights / weights.sum(0)).float()
 
 # %% ../nbs/04c_tiling.ipynb #55d953be
+def _elements(cells: slice, scale: int) -> slice:
+    "These cells, counted in elements: `scale` a cell."
+    return slice(cells.start * scale, cells.stop * scale)
+
+
 def _cut(x: Tensor, rows: slice, columns: slice, scale: int) -> Tensor:
     "These cells of `x`, each of which is `scale` × `scale` of its elements; a view."
-    return x[..., rows.start * scale : rows.stop * scale, columns.start * scale : columns.stop * scale]
+    return x[..., _elements(rows, scale), _elements(columns, scale)]
 
 
 def _assemble(
-    part: Callable[[slice, slice], Tensor],  # rows and columns, in cells, to a tile's result
-    result: Tensor,  # zeros, (b, c, h · scale, w · scale)
+    part: Callable[[slice, slice], Tensor],  # rows and columns, in cells, to a tile's result (b, c, ...)
+    cells: tuple[int, int],  # height and width of the whole
     tile: int,  # cells
     overlap: int,  # cells
-    scale: int,  # elements of the result a cell
 ) -> Tensor:
-    "Add up the tiles' results, each with its share."
-    axes = []
-    for length in (side // scale for side in result.shape[-2:]):
-        starts = tile_starts(length, tile, overlap)
-        weights = tile_weights([s * scale for s in starts], length * scale, tile * scale, overlap * scale)
-        axes.append([(slice(s, min(s + tile, length)), row) for s, row in zip(starts, weights)])
-    for (rows, down), (columns, across) in product(*axes):
-        share = _cut(down[:, None] * across, rows, columns, scale).to(result)
-        _cut(result, rows, columns, scale).add_(share * part(rows, columns).to(result))
+    "The tiles' results added up, each with its share."
+    starts = [tile_starts(length, tile, overlap) for length in cells]
+    result = None
+    for (i, top), (j, left) in product(*map(enumerate, starts)):
+        rows, columns = slice(top, min(top + tile, cells[0])), slice(left, min(left + tile, cells[1]))
+        piece = part(rows, columns)
+        if result is None:
+            scale = piece.shape[-2] // (rows.stop - rows.start)
+            result = piece.new_zeros(*piece.shape[:2], *(length * scale for length in cells))
+            sizes = (tile * scale, overlap * scale)
+            down, across = (tile_weights([s * scale for s in at], n * scale, *sizes) for at, n in zip(starts, cells))
+        share = down[i, _elements(rows, scale), None] * across[j, _elements(columns, scale)]
+        _cut(result, rows, columns, scale).add_(share.to(piece) * piece)
     return result
 
 # %% ../nbs/04c_tiling.ipynb #505a0a53
@@ -131,7 +134,7 @@ def _cells(
 ) -> tuple[int, int]:
     "Tile and overlap in cells; `LDMError` where they are no whole numbers of cells or do not fit together."
     f = first_stage.f
-    overlap = min(20 * f, tile // 2 // f * f) if overlap is None else overlap
+    overlap = min(16 * f, tile // 2 // f * f) if overlap is None else overlap
     for name, pixels, least in (("tile", tile, 1), ("overlap", overlap, 0)):
         if pixels % f or pixels < least:
             raise LDMError(f"{name}: {pixels} pixels, but it must be a multiple of f = {f} and at least {least * f}")
@@ -168,22 +171,24 @@ def encode_tiled(
     x: Float[Tensor, "b 3 h w"],  # pictures in [−1, 1], of any size that is a multiple of f
     noise: Float[Tensor, "b c h2 w2"] | None = None,  # standard normal: a draw; None: the mean
     tile: int = 512,  # pixels a side, a multiple of f
-    overlap: int | None = None,  # pixels, a multiple of f; None: 20 f, at most half a tile
+    overlap: int | None = None,  # pixels, a multiple of f; None: 16 f, at most half a tile
     norms: str = "thumbnail",  # GroupNorm's statistics: of the whole, shrunk to a tile, or of each "tile"
 ) -> Float[Tensor, "b c h2 w2"]:
-    "`first_stage.encode(x, noise)` in the memory of one tile; a picture no larger than a tile gives exactly that."
+    "`first_stage.encode(x, noise)`, all large arrays in tiles; a picture no larger than a tile gives exactly that."
     first_stage.check_size(x)
-    cells, f = _cells(first_stage, tile, overlap), first_stage.f
-    result = x.new_zeros(len(x), first_stage.latent_channels, *(side // f for side in x.shape[-2:]))
-    if noise is not None and noise.shape != result.shape:
-        raise LDMError(f"noise: shape {tuple(noise.shape)}, but the latent's is {tuple(result.shape)}")
+    f, (tile_cells, overlap_cells) = first_stage.f, _cells(first_stage, tile, overlap)
+    cells = (x.shape[-2] // f, x.shape[-1] // f)
+    if noise is not None and noise.shape != (len(x), first_stage.latent_channels, *cells):
+        wanted = (len(x), first_stage.latent_channels, *cells)
+        raise LDMError(f"noise: shape {tuple(noise.shape)}, but the latent's is {wanted}")
 
-    def part(rows: slice, columns: slice) -> Tensor:
-        piece = None if noise is None else _to_model(first_stage, _cut(noise, rows, columns, 1))
-        return first_stage.encode(_to_model(first_stage, _cut(x, rows, columns, f)), piece)
+    def shrink(piece: Tensor) -> Tensor:
+        return first_stage.shrink(_to_model(first_stage, piece))
 
-    with _thumbnail_norms(norms, first_stage, lambda small: first_stage.encode(_to_model(first_stage, small)), x, tile):
-        return _assemble(part, result, *cells, scale=1)
+    with _thumbnail_norms(norms, first_stage, shrink, x, tile):
+        h = _assemble(lambda rows, columns: shrink(_cut(x, rows, columns, f)), cells, tile_cells, overlap_cells)
+    noise = None if noise is None else _to_model(first_stage, noise)
+    return first_stage.latent(first_stage.finish(h), noise).to(x)
 
 # %% ../nbs/04c_tiling.ipynb #22dfa4b8
 @torch.no_grad()
@@ -191,15 +196,16 @@ def decode_tiled(
     first_stage: FirstStage,
     z: Float[Tensor, "b c h2 w2"],  # rescaled latents of any size
     tile: int = 512,  # pixels a side of the picture, a multiple of f
-    overlap: int | None = None,  # pixels, a multiple of f; None: 20 f, at most half a tile
+    overlap: int | None = None,  # pixels, a multiple of f; None: 16 f, at most half a tile
     norms: str = "thumbnail",  # GroupNorm's statistics: of the whole, shrunk to a tile, or of each "tile"
 ) -> Float[Tensor, "b 3 h w"]:
-    "`first_stage.decode(z)` in the memory of one tile; a latent no larger than a tile gives exactly that."
-    cells, f = _cells(first_stage, tile, overlap), first_stage.f
-    result = z.new_zeros(len(z), 3, *(side * f for side in z.shape[-2:]))
+    "`first_stage.decode(z)`, all large arrays in tiles; a latent no larger than a tile gives exactly that."
+    tile_cells, overlap_cells = _cells(first_stage, tile, overlap)
+    h = first_stage.start(_to_model(first_stage, z))
+    scale = h.shape[-1] // z.shape[-1]  # 1, but for levels with attention, which `start` has whole
 
-    def decode(piece: Tensor) -> Tensor:
-        return first_stage.decode(_to_model(first_stage, piece))
+    def grow(rows: slice, columns: slice) -> Tensor:
+        return first_stage.grow(_cut(h, rows, columns, scale)).to(z)
 
-    with _thumbnail_norms(norms, first_stage, decode, z, cells[0]):
-        return _assemble(lambda rows, columns: decode(_cut(z, rows, columns, 1)), result, *cells, scale=f)
+    with _thumbnail_norms(norms, first_stage, first_stage.grow, h, tile_cells * scale):
+        return _assemble(grow, tuple(z.shape[-2:]), tile_cells, overlap_cells)

@@ -86,9 +86,12 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-10}  # in double precision another epsilon shows, see below
+
+
 def assert_near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
-    """Equal to the precision of the arithmetic: close enough that another epsilon would show, see below."""
-    assert difference(ours, theirs) < 1e-5
+    """Equal to the precision of the arithmetic."""
+    assert ours.dtype == theirs.dtype and difference(ours, theirs) < TOLERANCE[theirs.dtype]
 
 
 def sizes(seed: int, f: int) -> list[tuple[int, int]]:
@@ -97,13 +100,14 @@ def sizes(seed: int, f: int) -> list[tuple[int, int]]:
     return [(f * 5, f * 3), (f * rng.choice([1, 3]), f * rng.choice([2, 5]))]
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("seed", range(14))
 @torch.no_grad()
-def test_kl_equals_diffusers(seed):
-    ours, theirs = pair(seed)
+def test_kl_equals_diffusers(seed, dtype):
+    ours, theirs = (model.to(dtype) for model in pair(seed))
     theirs.load_state_dict(to_diffusers(ours.state_dict()))
     for size in sizes(seed, ours.f):
-        x = torch.randn(2, 3, *size)
+        x = torch.randn(2, 3, *size, dtype=dtype)
         mine, other = ours.posterior(x), theirs.encode(x).latent_dist
         assert_near(mine.mean, other.mean)
         assert_near(mine.logvar, other.logvar)
@@ -111,39 +115,41 @@ def test_kl_equals_diffusers(seed):
         assert_near(ours.decode(z), theirs.decode(z).sample)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("seed", range(14))
 @torch.no_grad()
-def test_vq_equals_diffusers(seed):
-    ours, theirs = pair(seed, vq=True)
+def test_vq_equals_diffusers(seed, dtype):
+    ours, theirs = (model.to(dtype) for model in pair(seed, vq=True))
     theirs.load_state_dict(to_diffusers(ours.state_dict()))
     for size in sizes(seed, ours.f):
-        x = torch.randn(2, 3, *size)
+        x = torch.randn(2, 3, *size, dtype=dtype)
         assert_near(ours.encode(x), theirs.encode(x).latents)
         z = torch.randn_like(ours.encode(x))
         assert_near(ours.decode(z), theirs.decode(z).sample)
         assert_near(ours(x)[0], theirs(x).sample)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("seed", range(14))
 @torch.no_grad()
-def test_the_encoder_alone_on_sizes_that_are_no_multiples_of_f(seed):
-    ours, theirs = pair(seed)
+def test_the_encoder_alone_on_sizes_that_are_no_multiples_of_f(seed, dtype):
+    ours, theirs = (model.to(dtype) for model in pair(seed))
     theirs.load_state_dict(to_diffusers(ours.state_dict()))
     for height, width in sizes(seed, ours.f):
-        x = torch.randn(1, 3, height + ours.f // 2 + 1, width + ours.f - 1)
+        x = torch.randn(1, 3, height + ours.f // 2 + 1, width + ours.f - 1, dtype=dtype)
         assert_near(ours.encoder(x), theirs.encoder(x))
 
 
 @pytest.mark.parametrize("seed", range(14))
 @torch.no_grad()
 def test_another_epsilon_would_show(seed):
-    ours, _ = pair(seed)
-    x = torch.randn(2, 3, 5 * ours.f, 3 * ours.f)
+    ours = pair(seed)[0].double()
+    x = torch.randn(2, 3, 5 * ours.f, 3 * ours.f, dtype=torch.float64)
     right = ours.posterior(x).mean, ours.decode(z := torch.randn_like(ours.encode(x)))
     for layer in ours.modules():
         if isinstance(layer, torch.nn.GroupNorm):
             layer.eps = 1e-5
-    assert max(map(difference, (ours.posterior(x).mean, ours.decode(z)), right)) > 1e-5
+    assert max(map(difference, (ours.posterior(x).mean, ours.decode(z)), right)) > TOLERANCE[torch.float64]
 
 
 @pytest.mark.parametrize("vq", [False, True])
