@@ -96,7 +96,7 @@ class Middle(nn.Module):
 
 # %% ../nbs/04_autoencoder.ipynb #fc788e01
 def local_levels(multipliers: Sequence[int], attention_factors: Sequence[int]) -> int:
-    "How many levels come before the first with attention; `LDMError` where there is none, or attention at none."
+    "How many levels come before the first with attention (all, if none has); `LDMError` for a factor of no level."
     factors = [2**i for i in range(len(multipliers))]
     if not factors:
         raise LDMError("multipliers: at least one level is needed, such as multipliers=(1, 2, 4)")
@@ -162,7 +162,7 @@ class Encoder(nn.Module):
         return h
 
     def finish(self, h: Float[Tensor, "b d h3 w3"]) -> Float[Tensor, "b c_out h2 w2"]:
-        "The second half: where every place sees every other."
+        "The second half: where every place asks every other."
         for level in self.down[self.local :]:
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
@@ -199,7 +199,7 @@ class Decoder(nn.Module):
         )
 
     def start(self, z: Float[Tensor, "b c_in h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
-        "The first half: where every place sees every other."
+        "The first half: where every place asks every other."
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up[self.local :]):
             h = level(h)
@@ -247,7 +247,7 @@ class FirstStage(Part, nn.Module):
     made: dict[str, Any] | None = None  # recipe, steps, seconds, device, scores
 
     def shrink(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d h3 w3"]:
-        "Encoding, first half: features of the picture, made by looking at neighbours only."
+        "Encoding, first half: features of the picture, made without attention."
         return self.encoder.shrink(x)
 
     @abstractmethod
@@ -259,7 +259,7 @@ class FirstStage(Part, nn.Module):
         "Decoding, first half: features of a rescaled latent."
 
     def grow(self, h: Float[Tensor, "b d h3 w3"]) -> Float[Tensor, "b 3 h w"]:
-        "Decoding, second half: the picture, made by looking at neighbours only."
+        "Decoding, second half: the picture, made without attention."
         return self.decoder.grow(h)
 
     def posterior(self, x: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:

@@ -57,11 +57,18 @@ def name_table(
 
 # %% ../nbs/04b_published_weights.ipynb #3627b538
 def _counts(names: Iterable[str]) -> tuple[int, int]:
-    "How many levels there are, and blocks in an encoder's, by the highest numbers in names of either naming."
-    matches = [re.match(r"(?:en|de)coder\.(down|up)(?:_blocks)?\.(\d\d?)\.\w+\.(\d\d?)\.", name) for name in names]
-    levels = [int(m[2]) + 1 for m in matches if m]
-    blocks = [int(m[3]) + (m[1] == "down") for m in matches if m]
-    return max(levels, default=0), max(blocks, default=0)
+    "Levels, and blocks in a level of the encoder, by names of either naming; CheckpointError where the sides disagree."
+    sides: dict[str, list[tuple[int, int]]] = {}
+    for name in names:
+        if m := re.match(r"(encoder|decoder)\.(?:down|up)(?:_blocks)?\.(\d+)\.\w+\.(\d+)\.", name):
+            sides.setdefault(m[1], []).append((int(m[2]) + 1, int(m[3]) + 1))
+    counts = {side: tuple(map(max, zip(*found))) for side, found in sides.items()}
+    if "decoder" in counts:
+        counts["decoder"] = (counts["decoder"][0], counts["decoder"][1] - 1)
+    if len(set(counts.values())) > 1:
+        told = " and ".join(f"{levels} levels of {blocks} blocks in its {side}" for side, (levels, blocks) in counts.items())
+        raise CheckpointError(f"{told} (which has one more): its two sides should have as many")
+    return next(iter(counts.values()), (0, 0))
 
 
 def _unknown(names: list[str], known: str) -> CheckpointError:
@@ -230,12 +237,12 @@ _MUST = dict(act_fn="silu", shift_factor=None, latents_mean=None, latents_std=No
 
 
 def _said(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[float, int]:
-    "The scale factor and the groups, as a diffusers config or the file says them; where neither does, 1 and 32."
+    "Scale factor and groups, as a diffusers config says them (silent: 0.18215 and 32) or a file (silent: 1 and 32)."
     for name, must in _MUST.items():
         if config.get(name, must) != must:
             raise CheckpointError(f"its config says {name}={config[name]!r}, but this package has only {must!r}")
     measured = tensors["scale_factor"].tolist() if "scale_factor" in tensors else 1.0  # in a whole model, sometimes
-    unsaid = 0.18215 if config else measured  # what diffusers itself takes where its config is silent
+    unsaid = 0.18215 if config else measured
     scale, groups = config.get("scaling_factor", unsaid), config.get("norm_num_groups", 32)
     if not (isinstance(scale, int | float) and scale > 0 and isinstance(groups, int) and groups > 0):
         raise CheckpointError(f"scale factor {scale!r} and groups {groups!r} should be numbers above zero")
@@ -244,7 +251,7 @@ def _said(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[flo
 # %% ../nbs/04b_published_weights.ipynb #0b5004d8
 def load_published(
     path: str | Path,  # a .safetensors or .ckpt file, or a folder that diffusers wrote
-    scale_factor: float | None = None,  # KL; None: as folder or file says, else 1 (for Stable Diffusion give 0.18215)
+    scale_factor: float | None = None,  # KL; None: as `_said`; for a file of Stable Diffusion's give 0.18215
     groups: int | None = None,  # of every GroupNorm; None: as the folder says, else 32
     legacy: bool = False,  # VQ, for training on: the commitment of the released code, see `VectorQuantizer`
 ) -> FirstStage:

@@ -25,7 +25,7 @@ Norms = dict[nn.GroupNorm, tuple[Tensor, Tensor]]  # of each layer the variance 
 
 @contextmanager
 def recorded_norms(model: nn.Module) -> Iterator[Norms]:
-    "Within the `with` block: note the statistics over which each GroupNorm takes its last input."
+    "Within the `with` block: note the mean and the variance of what each GroupNorm is given (the last time it is run)."
     norms: Norms = {}
 
     def note(norm: nn.GroupNorm, args: tuple[Tensor], out: Tensor) -> None:

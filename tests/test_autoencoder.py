@@ -4,8 +4,9 @@ import random
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldm_edu.autoencoder import AutoencoderKL, Decoder, DiagonalGaussian, Encoder, estimate_scale
+from ldm_edu.autoencoder import AutoencoderKL, Decoder, DiagonalGaussian, Encoder, MiddleAttention, estimate_scale
 from ldm_edu.losses import FirstStageLoss
 from ldm_edu.settings import LDMError
 
@@ -90,3 +91,35 @@ def test_refuses_what_does_not_fit():
         Decoder(4, channels=32, multipliers=())
     with pytest.raises(LDMError, match="kl_weight"):
         FirstStageLoss(kl_weight=-1.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@torch.no_grad()
+def test_attention_is_fused_and_equals_the_matrix_written_down(seed, layout):
+    """With every other way forbidden it still runs: so the matrix of all places times all places is never made."""
+    torch.manual_seed(seed)
+    channels, (height, width) = 8 * (seed + 1), torch.randint(2, 12, (2,)).tolist()
+    layer, x = MiddleAttention(channels, groups=8), torch.randn(2, channels, height, width)
+    q, k, v = (part(layer.norm(x)).flatten(2).mT for part in (layer.q, layer.k, layer.v))
+    written_down = torch.softmax(q @ k.mT / channels**0.5, -1) @ v
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        fused = layer(x.to(memory_format=layout))
+    torch.testing.assert_close(fused, x + layer.proj_out(written_down.mT.reshape(x.shape)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_half_that_may_be_cut_has_no_attention(seed):
+    """`shrink` and `grow` give the same whether or not there is attention: they run none of it."""
+    config = random_config(seed) | dict(attention=True)
+    model = AutoencoderKL(**config)
+    x = torch.randn(1, 3, 2 * model.f, 3 * model.f)
+    h = model.start(model.encode(x))
+    before, back = model.shrink(x), model.grow(h)
+    for layer in model.modules():
+        if isinstance(layer, MiddleAttention):
+            layer.forward = lambda x: x / 0  # would be seen
+    assert torch.equal(model.shrink(x), before) and torch.equal(model.grow(h), back)
+    factors = config["attention_factors"]
+    assert x.shape[-1] // before.shape[-1] == min(factors, default=model.f)
+    assert x.shape[-1] // h.shape[-1] == max(1, min(factors, default=2 * model.f) // 2)
