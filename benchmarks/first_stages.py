@@ -1,10 +1,10 @@
 """Table 8 in miniature: first stages of f = 2 to 16, KL and VQ, trained for equal short budgets on real faces.
 
-    python benchmarks/first_stages.py --data-dir FOLDER --weights-dir FOLDER
+    python benchmarks/first_stages.py --data-dir DATA --weights-dir WEIGHTS --steps 1200
 
-FOLDER of `--data-dir` holds CelebA (or any subset of its files), that of `--weights-dir` the backbones of LPIPS.
-Trained are pixels and AlexNet's LPIPS; judged are pictures that no stage has seen, by PSNR, SSIM and VGG's LPIPS, a
-network that none was trained with. Writes benchmarks/first_stages.md. A run that was cut off goes on where it stopped.
+DATA holds CelebA (or any subset of its files) in a folder celeba/, WEIGHTS the backbones of LPIPS. Trained are pixels
+and AlexNet's LPIPS; judged are pictures that no stage has seen, by PSNR, SSIM and VGG's LPIPS, a network that none was
+trained with. Writes benchmarks/first_stages.md. A run that was cut off goes on where it stopped.
 """
 
 import argparse
@@ -42,13 +42,23 @@ def recipe(f: int, regulariser: str, steps: int) -> AutoencoderRecipe:
     )
 
 
-def table(rows: dict[tuple[int, str], tuple[ReconstructionScores, dict]], steps: int, device: str) -> str:
+def table(
+    rows: dict[tuple[int, str], tuple[ReconstructionScores, dict]],
+    training: Training,
+    faces: int,  # that were trained on
+) -> str:
     """Markdown, a line for each first stage."""
+    scores, made = next(iter(rows.values()))
     lines = [
         "# First stages on faces, 64²",
         "",
-        f"`python benchmarks/first_stages.py --steps {steps}`, {device}, torch {torch.__version__}. Means over the "
-        f"{next(iter(rows.values()))[0].pictures} held-out faces; ± is the standard error.",
+        f"`python benchmarks/first_stages.py --data-dir DATA --weights-dir WEIGHTS --steps {training.steps}`, "
+        f"{made['device']}, {made['precision']}, torch {torch.__version__}.",
+        "",
+        f"Each stage is trained on {faces:,} faces of CelebA for {training.steps:,} steps of {training.batch_size}, "
+        "with L1, 5 × the squared error and AlexNet's LPIPS (weight 1), without a critic; the regulariser is KL with "
+        f"weight 1e-6, or a codebook of 1,024 entries. All is measured on {scores.pictures} other faces; ± is the "
+        "standard error of a mean over them. No row was trained twice: what another seed would change is not in it.",
         "",
         "| f | regulariser | latent | numbers | PSNR in dB | SSIM | LPIPS (VGG) | entries used | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -74,7 +84,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="the table")
     args = parser.parse_args()
 
-    unseen = open_dataset("celeba", args.data_dir, "test", 64)
+    seen, unseen = (open_dataset("celeba", args.data_dir, split, 64) for split in ("train", "test"))
     pictures = collate([unseen[i] for i in range(min(args.pictures, len(unseen)))])["image"]
     lpips, rows = LPIPS("vgg", args.weights_dir), {}
     for f in LEVELS:
@@ -89,8 +99,8 @@ def main() -> None:
             first_stage = load_first_stage(folder / "model")
             rows[f, kind] = score_first_stage(first_stage, pictures, lpips), first_stage.made
             print(f"{kind} f = {f}: {rows[f, kind][0]} ({time.monotonic() - began:.0f} s)", flush=True)
-    made = next(iter(rows.values()))[1]
-    args.out.write_text(table(rows, args.steps, f"{made['device']}, {made['precision']}"), encoding="utf-8")
+    training = recipe(2, "kl", args.steps).first_stage.training
+    args.out.write_text(table(rows, training, len(seen)), encoding="utf-8")
 
 
 if __name__ == "__main__":

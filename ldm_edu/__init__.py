@@ -17,6 +17,7 @@ from ldm_edu.quantization import AutoencoderVQ, IdentityFirstStage, VectorQuanti
 from ldm_edu.recipes import RECIPES, Recipe, find_recipe
 from ldm_edu.sampling import SeededNoise, Step, ddim, ddpm
 from ldm_edu.settings import CheckpointError, LDMError, load_settings, pick_device
+from ldm_edu.tiling import decode_tiled, encode_tiled
 from ldm_edu.training import train, train_autoencoder
 from ldm_edu.unet import UNet
 
@@ -54,8 +55,10 @@ __all__ = [
     "cached",
     "ddim",
     "ddpm",
+    "decode_tiled",
     "diffusion_loss",
     "drop",
+    "encode_tiled",
     "estimate_scale",
     "find_recipe",
     "load_first_stage",

@@ -788,6 +788,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ldm_edu.settings.load_notes': ('settings.html#load_notes', 'ldm_edu/settings.py'),
                                   'ldm_edu.settings.load_settings': ('settings.html#load_settings', 'ldm_edu/settings.py'),
                                   'ldm_edu.settings.load_tensors': ('settings.html#load_tensors', 'ldm_edu/settings.py'),
+                                  'ldm_edu.settings.pace': ('settings.html#pace', 'ldm_edu/settings.py'),
                                   'ldm_edu.settings.pick_device': ('settings.html#pick_device', 'ldm_edu/settings.py'),
                                   'ldm_edu.settings.pick_dtype': ('settings.html#pick_dtype', 'ldm_edu/settings.py'),
                                   'ldm_edu.settings.progress': ('settings.html#progress', 'ldm_edu/settings.py'),

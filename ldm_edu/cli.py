@@ -26,7 +26,7 @@ from .download import TERMS, accept, accepted, download_celeba, download_coco, h
 from .data import open_dataset
 from .evaluation import captions_of, choose_scale, score_first_stage, score_prompts
 from .latent_diffusion import LatentDiffusion
-from .judge import SceneReader
+from .judge import SceneReader, reader_accuracy
 from .judge_training import cook
 from .metrics import LPIPS, ToyFeatures
 from .quantization import load_first_stage
@@ -231,7 +231,7 @@ def reconstruct(
     ] = "toy-kl-f4",
     dataset: Annotated[str, typer.Option(help="toy, toy-faces, celeba, coco or folder")] = "toy",
     data_dir: Annotated[Path | None, typer.Option(help="where the data set lies; default: settings.ini")] = None,
-    split: Annotated[str, typer.Option(help="of which split: validation or test")] = "test",
+    split: Annotated[str, typer.Option(help="of which split: validation or test, of toy scenes also unseen")] = "test",
     n: Annotated[int, typer.Option(min=2, help="how many pictures")] = 256,
     size: Annotated[int, typer.Option(min=1, help="height and width")] = 64,
     device: Device = None,
@@ -248,9 +248,15 @@ def reconstruct(
         distance, name = ToyFeatures.from_pretrained("toy-features").to(where).distance, "ToyFeatures"
     scores = score_first_stage(first_stage, images, distance)
     typer.echo(f"{dataset}, {split}, {scores.pictures} pictures of {size}², perceptual distance: {name}\n{scores}")
+    with torch.no_grad():
+        back = torch.cat([first_stage.reconstruct(some) for some in images.split(64)])
+    if (dataset, size) == ("toy", 64):  # what the judge was trained for
+        reader = SceneReader.from_pretrained("scene-reader").to(where)
+        scenes = [data.describe(i)[0] for i in range(len(images))]
+        before, after = (reader_accuracy(reader, some, scenes) for some in (images, back))
+        typer.echo(f"{'read without an error':28s} {after} (before: {before})")
     if out:
-        with torch.no_grad():
-            save(grid(torch.cat([images[:8], first_stage.reconstruct(images[:8])]), columns=min(8, len(images))), out)
+        save(grid(torch.cat([images[:8], back[:8]]), columns=min(8, len(images))), out)
         typer.echo(f"pictures above, what came back below: {out}")
 
 # %% ../nbs/17_cli.ipynb #482be6f0

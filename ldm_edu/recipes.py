@@ -28,10 +28,10 @@ class Training:
     warmup: int = 100  # steps over which the learning rate rises from 0
     decay: bool = True  # does the learning rate fall to 0 along half a cosine? (the paper's tables give one number)
     ema: float = 0.999  # d, how much of the moving average is kept at a step
-    clip: float = 1.0  # largest norm of all gradients together
+    clip: float = 1.0  # largest norm of all gradients together, of a critic's apart
     weight_decay: float = 0.0  # AdamW's
     betas: tuple[float, float] = (0.9, 0.99)  # AdamW's memory, of the gradient and of its square
-    accumulate: int = 1  # pieces in which a batch is computed: less memory, the same step
+    accumulate: int = 1  # pieces in which a batch is computed: less memory
     images: int | None = None  # how many training pictures; None: all there are
     keep: str = "last"  # whose weights become the model: those of the "last" step, or the "best" on unseen data
 
@@ -281,6 +281,7 @@ PAPER_VQ_F4 = replace(
     about="the paper's VQ first stage of f = 4, |Z| = 8192, 256² (table 8)",
     first_stage=replace(
         PAPER_KL_F4.first_stage,
+        training=replace(PAPER_KL_F4.first_stage.training, batch_size=8, accumulate=1, lr=8 * 4.5e-6),
         regulariser="vq",
         codes=8192,
         legacy=True,
@@ -292,7 +293,7 @@ PAPER_VQ_F4 = replace(
 SD_KL_F8 = replace(
     PAPER_KL_F4,
     name="sd-kl-f8",
-    about="Stable Diffusion's first stage: KL, f = 8, four channels, 256² (table 8, f = 8)",
+    about="Stable Diffusion's first stage: KL, f = 8, four channels, 256²",
     first_stage=replace(PAPER_KL_F4.first_stage, multipliers=(1, 2, 4, 4), latent_channels=4),
 )
 

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['PROFILES', 'DATASETS', 'DEVICES', 'PRETRAINED', 'LDMError', 'SettingsError', 'CheckpointError', 'refusal', 'Settings',
-           'find_settings', 'load_settings', 'pick_device', 'pick_dtype', 'set_seed', 'is_static', 'progress', 'fit',
-           'atomic', 'save_tensors', 'load_tensors', 'load_notes', 'save_json', 'load_json', 'checkpoint_path', 'Part']
+           'find_settings', 'load_settings', 'pick_device', 'pick_dtype', 'set_seed', 'is_static', 'progress', 'pace',
+           'fit', 'atomic', 'save_tensors', 'load_tensors', 'load_notes', 'save_json', 'load_json', 'checkpoint_path',
+           'Part']
 
 # %% ../nbs/00_settings.ipynb #74314553
 import configparser
@@ -243,17 +244,29 @@ def _endless(batches: Iterable | Callable[[int], Any]) -> Iterator:
             raise LDMError("`batches` gave nothing (a generator runs only once: pass a list, a loader or a callable)")
 
 # %% ../nbs/00_settings.ipynb #b8333b24
+def pace(
+    step: int,  # counted from 0
+    steps: int,  # of the whole training
+) -> float:
+    "The learning rate's share at a step: rising over the first tenth, then falling along a line towards 0."
+    rise = max(1, steps // 10)
+    return min((step + 1) / rise, (steps - step) / max(1, steps - rise))
+
+# %% ../nbs/00_settings.ipynb #93ad599f
 def fit(
     model: nn.Module,  # its parameters are trained, in place
     loss: Callable[[Any], Tensor],  # batch -> scalar
     batches: Iterable | Callable[[int], Any],  # batches, begun again when used up; or step -> batch
     steps: int = 100,  # optimiser steps
-    lr: float = 1e-3,  # learning rate
+    lr: float = 1e-3,  # learning rate, or the highest one with `decay`
     desc: str = "training",  # a word beside the progress bar
+    decay: bool = False,  # does the learning rate follow `pace`?
+    betas: tuple[float, float] = (0.9, 0.999),  # AdamW's memory, of the gradient and of its square
 ) -> list[float]:  # the loss at every step
     "The smallest honest training loop: AdamW, one batch a step, and no going on after a loss that is not a number."
     modes = {module: module.training for module in model.modules()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=betas)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, steps) if decay else 1.0)
     losses = []
     try:
         model.train()
@@ -265,6 +278,7 @@ def fit(
             optimizer.zero_grad()
             value.backward()
             optimizer.step()
+            schedule.step()
     finally:
         for module, mode in modes.items():
             module.training = mode

@@ -121,3 +121,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     again.stdout.close()
     again.wait()
     assert first.startswith(f"first_stage {step + 1}/")
+
+
+def test_reconstruct_says_what_comes_back_and_what_the_judge_still_reads(tmp_path):
+    done = run("reconstruct", "toy-vq-f4", "--n", 8, "--out", tmp_path / "a.png")
+    assert done.exit_code == 0, done.output
+    for words in ("PSNR in dB", "SSIM", "entries used", "of 512", "read without an error", "(before: "):
+        assert words in done.output
+    assert (tmp_path / "a.png").is_file()
+    faces = run("reconstruct", "toy-kl-f4", "--dataset", "toy-faces", "--n", 4)
+    assert faces.exit_code == 0 and "read without" not in faces.output, "the judge reads scenes only"

@@ -29,6 +29,7 @@ from ldm_edu.settings import (
     load_json,
     load_settings,
     load_tensors,
+    pace,
     pick_device,
     pick_dtype,
     progress,
@@ -245,6 +246,27 @@ def test_modes_and_frozen_parameters_stay():
 def test_no_steps_are_no_steps():
     model, loss = regression()
     assert fit(model, loss, [torch.ones(2, 3)], 0) == []
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 9, 10, 11, 300])
+def test_pace_rises_once_and_falls_towards_zero(steps):
+    shares = [pace(step, steps) for step in range(steps)]
+    top = shares.index(max(shares))
+    assert all(0 < share <= 1 for share in shares) and shares[top] == 1
+    assert shares[: top + 1] == sorted(shares[: top + 1]) and shares[top:] == sorted(shares[top:], reverse=True)
+    assert top == max(1, steps // 10) - 1
+
+
+def test_fit_follows_the_pace_where_it_is_asked_to():
+    """With a gradient that never changes, AdamW's steps are as long as the learning rate (but for its weight decay)."""
+    went = {}
+    for decay in (False, True):
+        model = torch.nn.Linear(1, 1, bias=False)
+        torch.nn.init.zeros_(model.weight)
+        fit(model, lambda _: model.weight.sum(), [None], steps=30, lr=1e-3, decay=decay)
+        went[decay] = -model.weight.item()
+    assert went[False] == pytest.approx(30e-3, rel=1e-2)
+    assert went[True] == pytest.approx(1e-3 * sum(pace(step, 30) for step in range(30)), rel=1e-2)
 
 
 # ----------------------------------------------------------------------- files
