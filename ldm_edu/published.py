@@ -66,8 +66,8 @@ def _counts(names: Iterable[str]) -> tuple[int, int]:
     if "decoder" in counts:
         counts["decoder"] = (counts["decoder"][0], counts["decoder"][1] - 1)
     if len(set(counts.values())) > 1:
-        told = " and ".join(f"{levels} levels of {blocks} blocks in its {side}" for side, (levels, blocks) in counts.items())
-        raise CheckpointError(f"{told} (which has one more): its two sides should have as many")
+        told = [f"{levels} levels of {blocks} blocks in its {side}" for side, (levels, blocks) in counts.items()]
+        raise CheckpointError(f"{' and '.join(told)} (one more there): its two sides should have as many")
     return next(iter(counts.values()), (0, 0))
 
 
