@@ -155,7 +155,7 @@ class Encoder(nn.Module):
         self.norm_out, self.conv_out = norm(widths[-1], groups), nn.Conv2d(widths[-1], c_out, 3, padding=1)
 
     def shrink(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d h3 w3"]:
-        "The first half: all that comes before attention."
+        "The first half: the levels before any attention."
         h = self.conv_in(x)
         for level in self.down[: self.local]:
             h = level(h)
@@ -206,7 +206,7 @@ class Decoder(nn.Module):
         return h
 
     def grow(self, h: Float[Tensor, "b d h3 w3"]) -> Float[Tensor, "b 3 h w"]:
-        "The second half: all that comes after attention."
+        "The second half: the levels after all attention."
         for level in reversed(self.up[: self.local]):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))

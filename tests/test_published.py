@@ -522,3 +522,25 @@ def test_diffusers_is_not_imported_by_the_package():
     source = Path(published.__file__).read_text(encoding="utf-8")
     imported = {name.split(".")[0] for name in re.findall(r"^\s*(?:from|import) ([\w.]+)", source, re.MULTILINE)}
     assert "torch" in imported and "diffusers" not in imported
+
+
+@pytest.mark.parametrize(
+    "stray",
+    ["decoder.up.9.block.0.conv1.weight", "encoder.down.3.block.0.conv1.weight", "encoder.down.0.block.1.conv1.weight"],
+)
+def test_a_stray_number_in_a_name_does_not_turn_the_decoder_round(stray):
+    """The table is made for as many levels and blocks as the names say: both sides must say the same."""
+    ours = AutoencoderKL(8, (1, 2), blocks=1, latent_channels=3, groups=4).state_dict()
+    for translate, names in ((to_diffusers, ours), (from_released, ours)):
+        with pytest.raises(CheckpointError, match="levels of .* in its encoder and .* in its decoder"):
+            translate(names | {stray: torch.zeros(1)})
+    their_stray = re.sub(r"(down|up)\.", r"\1_blocks.", stray).replace(".block.", ".resnets.")
+    with pytest.raises(CheckpointError, match="levels of"):
+        from_diffusers(to_diffusers(ours) | {their_stray: torch.zeros(1)})
+
+
+def test_one_side_alone_is_translated():
+    ours = AutoencoderKL(8, (1, 2, 2), blocks=1, latent_channels=3, groups=4).state_dict()
+    for side in ("encoder", "decoder"):
+        half = {name: x for name, x in ours.items() if name.startswith(side)}
+        assert from_diffusers(to_diffusers(half)).keys() == half.keys()
