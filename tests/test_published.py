@@ -1,6 +1,7 @@
 """Weights under other names: held against diffusers, forwards and backwards, from every kind of file; and refusals."""
 
 import argparse
+import copy
 import json
 import random
 import re
@@ -238,7 +239,8 @@ def test_diffusers_reads_older_names_as_we_do(tmp_path):
     ours, theirs = pair(0)
     theirs.save_pretrained(tmp_path)
     save_tensors(aged(to_diffusers(ours.state_dict())), tmp_path / FILES[0], notes={"format": "pt"})
-    theirs, mine, x = TheirKL.from_pretrained(tmp_path), load_published(tmp_path), torch.randn(1, 3, 3 * ours.f, ours.f)
+    theirs, mine = TheirKL.from_pretrained(tmp_path).double(), load_published(tmp_path).double()
+    x = torch.randn(1, 3, 3 * ours.f, ours.f, dtype=torch.float64)
     with torch.no_grad():
         assert_near(mine.posterior(x).mean, theirs.encode(x).latent_dist.mean)
 
@@ -279,9 +281,10 @@ def test_reads_what_diffusers_writes(tmp_path, seed, inner):
     ours, theirs = pair(seed, vq=inner == "vqvae")
     theirs.register_to_config(scaling_factor=0.3)
     theirs.save_pretrained(tmp_path / inner)
-    mine, x = load_published(tmp_path), torch.randn(1, 3, 5 * ours.f, 3 * ours.f)
+    mine, x = load_published(tmp_path), torch.randn(1, 3, 5 * ours.f, 3 * ours.f, dtype=torch.float64)
     assert type(mine) is type(ours) and not mine.training
     assert mine.config == ours.config | ({} if inner == "vqvae" else {"scale_factor": 0.3})
+    mine, theirs = mine.double(), theirs.double()
     z = theirs.encode(x).latents if inner == "vqvae" else 0.3 * theirs.encode(x).latent_dist.mean
     assert_near(mine.encode(x), z)
     assert_near(mine.decode(z), theirs.decode(z if inner == "vqvae" else z / 0.3).sample)
@@ -300,10 +303,12 @@ def test_diffusers_reads_what_we_write(tmp_path, seed, vq):
     save_diffusers(ours, tmp_path)
     theirs, said = (VQModel if vq else TheirKL).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(said.values()) and theirs.config.scaling_factor == ours.scale_factor
-    x, z = torch.randn(1, 3, 3 * ours.f, ours.f), torch.randn(1, ours.latent_channels, 3, 1)
+    x = torch.randn(1, 3, 3 * ours.f, ours.f, dtype=torch.float64)
+    z = torch.randn(1, ours.latent_channels, 3, 1, dtype=torch.float64)
+    precise, theirs = copy.deepcopy(ours).double(), theirs.double()
     encoded = theirs.encode(x)
-    assert_near(ours.posterior(x).mean, encoded.latents if vq else encoded.latent_dist.mean)
-    assert_near(ours.decode(z * ours.scale_factor), theirs.decode(z).sample)
+    assert_near(precise.posterior(x).mean, encoded.latents if vq else encoded.latent_dist.mean)
+    assert_near(precise.decode(z * ours.scale_factor), theirs.decode(z).sample)
     back = load_published(tmp_path)
     assert back.config == ours.config
     assert all(torch.equal(x, ours.state_dict()[name]) for name, x in back.state_dict().items())
