@@ -17,6 +17,9 @@ FROM    := pyproject.toml constraints.txt
 # The real subsets: LDM_EDU_DATA_DIR where it is set, else ../shared/data where it is there.
 REAL_DATA := $(or $(LDM_EDU_DATA_DIR),$(wildcard ../shared/data))
 
+# The notebooks of the course, in the order of their names; exercises are run by their own tests.
+PAGES := $(sort $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'nbs/exercises/*'))
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test test-real lab notebooks export clean
@@ -42,7 +45,7 @@ lab: $(VENV)/.course  ## open JupyterLab on the course
 
 notebooks: $(VENV)/.dev  ## run all notebooks in place under profile laptop, then clean and export
 	LDM_EDU_STATIC=1 LDM_EDU_PROFILE=laptop LDM_EDU_DATASET=toy \
-		$(BIN)/jupyter nbconvert --to notebook --execute --inplace --coalesce-streams nbs/*.ipynb
+		$(BIN)/jupyter nbconvert --to notebook --execute --inplace --coalesce-streams $(PAGES)
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 
@@ -52,7 +55,7 @@ export: $(VENV)/.dev  ## write ldm_edu/*.py from the notebooks, and clean the no
 
 clean:  ## remove builds and caches (.venv, data/ and runs/ stay)
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info
-	find ldm_edu nbs tests . -maxdepth 1 \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+	find . -path ./.venv -prune -o \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
 
 $(VENV)/.python:
 	@$(PYTHON) $(ENOUGH) 2>/dev/null || { echo "This needs Python 3.11 or newer, and '$(PYTHON)' is not:" \

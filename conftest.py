@@ -1,8 +1,11 @@
 """What every pytest run needs before anything else is imported: the notebooks under nbs/ and the tests under tests/."""
 
 import os
+from pathlib import Path
 
 import pytest
+
+EXERCISES = Path(__file__).parent / "nbs" / "exercises"
 
 # The notebooks' kernels and the commands that tests start inherit these; whoever sets one has the last word.
 DEFAULTS = {
@@ -17,6 +20,13 @@ for name, value in DEFAULTS.items():
 if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # pytest -n: workers that share the cores must not fight over them
     threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collect_file(file_path):
+    """Never collect an exercise, not even one that is named: it has holes to fill in, and graders of its own."""
+    collected = yield
+    return [] if EXERCISES in file_path.parents else collected
 
 
 def pytest_addoption(parser):

@@ -50,6 +50,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     files = [p.relative_to(ROOT) for p in (ROOT / "ldm_edu").rglob("*") if p.is_file()]
     ours = {p.as_posix() for p in files if "__pycache__" not in p.parts}
+    assert len(ours) >= 40
     packaged = {name for name in names if ".dist-info/" not in name}
     assert packaged == ours
     assert "ldm_edu/py.typed" in packaged
@@ -58,6 +59,7 @@ def test_the_wheel_has_the_package_and_nothing_else(wheel):
 
 def test_the_shipped_checkpoints_are_small_and_no_pickles():
     files = [p for p in (ROOT / "ldm_edu" / "pretrained").rglob("*") if p.is_file()]
+    assert len(files) >= 10
     assert {p.suffix for p in files} <= {".json", ".safetensors", ".md"}
     assert sum(p.stat().st_size for p in files) <= 40e6
 
@@ -85,8 +87,10 @@ sys.meta_path.insert(0, NoJupyter())
 
 
 def test_import_without_jupyter(installed, tmp_path):
-    modules = sorted(p.stem for p in (ROOT / "ldm_edu").glob("*.py") if not p.stem.startswith("_"))
-    script = f"import importlib\nfor name in {modules}: importlib.import_module('ldm_edu.' + name)\n"
+    files = [p.relative_to(ROOT).with_suffix("") for p in (ROOT / "ldm_edu").rglob("*.py")]
+    modules = sorted(".".join(p.parts) for p in files if not p.stem.startswith("_"))
+    assert len(modules) >= 25
+    script = f"import importlib\nfor name in {modules}: importlib.import_module(name)\n"
     run(script, installed, tmp_path, before=NO_JUPYTER)
 
 

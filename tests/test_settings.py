@@ -525,9 +525,10 @@ def test_folders_first_then_what_is_shipped(tmp_path, monkeypatch):
 
 
 def test_everything_shipped_is_found():
-    for folder in module.PRETRAINED.glob("*"):
-        if folder.is_dir():
-            assert checkpoint_path(folder.name) == folder
+    folders = [path for path in module.PRETRAINED.glob("*") if path.is_dir()]
+    assert len(folders) >= 5
+    for folder in folders:
+        assert checkpoint_path(folder.name) == folder
 
 
 @pytest.mark.parametrize("name", ["model", "a/b/c", "/user/model", "./model", "../model", "user/", Path("user/model")])
