@@ -4,7 +4,7 @@
 
 DATA holds CelebA (or any subset of its files) in a folder celeba/, WEIGHTS the backbones of LPIPS. Trained are pixels
 and AlexNet's LPIPS; judged are pictures that no stage has seen, by PSNR, SSIM and VGG's LPIPS, a network that none was
-trained with. Writes benchmarks/first_stages.md. A run that was cut off goes on where it stopped.
+trained with. Writes ldm_edu/results/first_stages.md. A run that was cut off goes on where it stopped.
 """
 
 import argparse
@@ -14,13 +14,14 @@ from pathlib import Path
 import torch
 
 from ldm_edu import LPIPS
-from ldm_edu.data import collate, open_dataset
-from ldm_edu.evaluation import ReconstructionScores, score_first_stage
-from ldm_edu.quantization import load_first_stage
-from ldm_edu.recipes import AutoencoderRecipe, FirstStageRecipe, Training
-from ldm_edu.training import train_autoencoder
+from ldm_edu.data.folders import collate, open_dataset
+from ldm_edu.evaluation.prompts import ReconstructionScores, score_first_stage
+from ldm_edu.first_stage.quantization import load_first_stage
+from ldm_edu.training.recipes import AutoencoderRecipe, FirstStageRecipe, Training
+from ldm_edu.training.stages import train_autoencoder
 
 LEVELS = {2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 4, 5), 16: (1, 2, 4, 5, 5)}  # f: widths
+OUT = Path(__file__).resolve().parents[1] / "ldm_edu" / "results" / "first_stages.md"
 CHANNELS = {2: 2, 4: 3, 8: 4, 16: 8}  # f: latent channels, as in table 8
 
 
@@ -28,7 +29,7 @@ def recipe(f: int, regulariser: str, steps: int) -> AutoencoderRecipe:
     """What is trained: everything but f, c and the regulariser is the same."""
     return AutoencoderRecipe(
         name=f"{regulariser}-f{f}",
-        about="a row of benchmarks/first_stages.md",
+        about="a row of results/first_stages.md",
         dataset="celeba",
         size=64,
         first_stage=FirstStageRecipe(
@@ -81,7 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500, help="of each first stage")
     parser.add_argument("--pictures", type=int, default=256, help="held-out faces")
     parser.add_argument("--runs", type=Path, default=Path("runs/first_stages"), help="where the runs are kept")
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".md"), help="the table")
+    parser.add_argument("--out", type=Path, default=OUT, help="the table")
     args = parser.parse_args()
 
     seen, unseen = (open_dataset("celeba", args.data_dir, split, 64) for split in ("train", "test"))

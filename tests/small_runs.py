@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ldm_edu.recipes import (
+from ldm_edu.settings import load_tensors
+from ldm_edu.training.recipes import (
     AdversarialRecipe,
     AutoencoderRecipe,
     DiffusionRecipe,
@@ -19,8 +20,7 @@ from ldm_edu.recipes import (
     TextRecipe,
     Training,
 )
-from ldm_edu.settings import load_tensors
-from ldm_edu.training import train, train_autoencoder
+from ldm_edu.training.stages import train, train_autoencoder
 
 
 def tiny(steps: int = 6, batch_size: int = 4, **training: Any) -> Recipe:
@@ -90,7 +90,7 @@ class Child:
 
     def __init__(self, target: Callable[..., Any], *args: Any, output: Path):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ldm_edu.training"])
+        context.set_forkserver_preload(["ldm_edu.training.stages"])
         self.output = output
         self.process = context.Process(target=run_here, args=(output, target, args), daemon=True)
         self.process.start()

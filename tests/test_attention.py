@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ldm_edu import attention as A
+from ldm_edu.denoiser import attention as A
 from ldm_edu.settings import LDMError
 
 SEEDS = range(6)

@@ -6,8 +6,15 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ldm_edu.autoencoder import AutoencoderKL, Decoder, DiagonalGaussian, Encoder, MiddleAttention, estimate_scale
-from ldm_edu.losses import FirstStageLoss
+from ldm_edu.first_stage.autoencoder import (
+    AutoencoderKL,
+    Decoder,
+    DiagonalGaussian,
+    Encoder,
+    MiddleAttention,
+    estimate_scale,
+)
+from ldm_edu.first_stage.losses import FirstStageLoss
 from ldm_edu.settings import LDMError
 
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_edu import data
-from ldm_edu.data import (
+from ldm_edu.data import folders as data
+from ldm_edu.data.folders import (
     COCO,
     CelebA,
     DataError,

@@ -1,4 +1,4 @@
-"""ldm_edu.conditioning: conditions, the word tokenizer, the text transformer held against torch's."""
+"""ldm_edu.conditioning.text: conditions, the word tokenizer, the text transformer held against torch's."""
 
 import random
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_edu.conditioning import Condition, PromptError, TextConditioner, TextTransformer, WordTokenizer, suggest
-from ldm_edu.data import ToyCOCO
-from ldm_edu.scenes import SPLITS, VOCABULARY
+from ldm_edu.conditioning.text import Condition, PromptError, TextConditioner, TextTransformer, WordTokenizer, suggest
+from ldm_edu.data.folders import ToyCOCO
+from ldm_edu.data.toy.scenes import SPLITS, VOCABULARY
 
 
 def random_condition(b: int, seed: int) -> Condition:

@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 from pycocotools import mask
 
-from ldm_edu import data as module
-from ldm_edu.data import (
+from ldm_edu.data import folders as module
+from ldm_edu.data.folders import (
     COCO,
     CelebA,
     DataError,
@@ -32,7 +32,7 @@ from ldm_edu.data import (
     square_map,
     to_tensor,
 )
-from ldm_edu.scenes import PAIRS, SEEN, SEGMENTS, SPLITS, UNSEEN, VOCABULARY
+from ldm_edu.data.toy.scenes import PAIRS, SEEN, SEGMENTS, SPLITS, UNSEEN, VOCABULARY
 
 COURSE = ("train", "validation", "test")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import TypeCheckError
 from PIL import Image
 
-from ldm_edu.degradation import (
+from ldm_edu.data.degradation import (
     MASKS,
     SHRINKERS,
     DegradationError,

@@ -1,4 +1,4 @@
-"""ldm_edu.diffusion: against diffusers, torch.distributions, autograd and quadrature, on random configurations."""
+"""ldm_edu.diffusion.schedule: against diffusers, torch.distributions, autograd, quadrature; random configurations."""
 
 import copy
 import json
@@ -11,7 +11,14 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from ldm_edu.diffusion import GaussianMixture, NoiseLevels, NoiseSchedule, diffusion_loss, log_joint, per_sample
+from ldm_edu.diffusion.schedule import (
+    GaussianMixture,
+    NoiseLevels,
+    NoiseSchedule,
+    diffusion_loss,
+    log_joint,
+    per_sample,
+)
 from ldm_edu.settings import LDMError
 
 SHAPES = [(), (3,), (2, 5), (3, 4, 4), (1, 2, 3, 2)]

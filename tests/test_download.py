@@ -18,10 +18,9 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
-from ldm_edu import download
 from ldm_edu.cli import app
-from ldm_edu.data import COCO, CelebA, split_by_name
-from ldm_edu.download import (
+from ldm_edu.data import download
+from ldm_edu.data.download import (
     COCO_FILES,
     TERMS,
     DownloadError,
@@ -41,6 +40,7 @@ from ldm_edu.download import (
     spread,
     unpack,
 )
+from ldm_edu.data.folders import COCO, CelebA, split_by_name
 
 BODY = random.Random(0).randbytes(300_000)
 MD5 = hashlib.md5(BODY).hexdigest()

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-import ldm_edu.evaluation as evaluation
+import ldm_edu.evaluation.prompts as evaluation
 from ldm_edu import LatentDiffusion, ToyCOCO, UNet
-from ldm_edu.autoencoder import AutoencoderKL
-from ldm_edu.evaluation import (
+from ldm_edu.evaluation.judge import PromptAccuracy, SceneReader, Share
+from ldm_edu.evaluation.metrics import ToyFeatures
+from ldm_edu.evaluation.prompts import (
     EvaluationError,
     Mean,
     captions_of,
@@ -15,9 +16,8 @@ from ldm_edu.evaluation import (
     score_first_stage,
     score_prompts,
 )
-from ldm_edu.judge import PromptAccuracy, SceneReader, Share
-from ldm_edu.metrics import ToyFeatures
-from ldm_edu.quantization import AutoencoderVQ, IdentityFirstStage
+from ldm_edu.first_stage.autoencoder import AutoencoderKL
+from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage
 from ldm_edu.settings import LDMError
 
 

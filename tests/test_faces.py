@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ldm_edu.faces import (
+from ldm_edu.data.toy.faces import (
     CHOICES,
     FACE_ATTRIBUTES,
     FACE_SEGMENTS,

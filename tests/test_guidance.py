@@ -1,4 +1,4 @@
-"""ldm_edu.guidance: both halves, against the formula, on random conditions, mixtures and a UNet."""
+"""ldm_edu.conditioning.guidance: both halves, against the formula, on random conditions, mixtures and a UNet."""
 
 import random
 from dataclasses import replace
@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ldm_edu.conditioning import Condition
-from ldm_edu.diffusion import GaussianMixture, NoiseSchedule
-from ldm_edu.guidance import Guidance, drop
-from ldm_edu.sampling import ddim, last
-from ldm_edu.unet import UNet
+from ldm_edu.conditioning.guidance import Guidance, drop
+from ldm_edu.conditioning.text import Condition
+from ldm_edu.denoiser.unet import UNet
+from ldm_edu.diffusion.sampling import ddim, last
+from ldm_edu.diffusion.schedule import GaussianMixture, NoiseSchedule
 
 SLOTS = {"context": (3, 4), "concat": (2, 5, 5), "vector": (6,)}
 

@@ -7,7 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_edu.judge import (
+from ldm_edu.data.toy.scenes import (
+    COLOURS,
+    SHAPES,
+    SIZES,
+    Scene,
+    SceneError,
+    Thing,
+    captions,
+    draw_scene,
+    relation,
+    render,
+)
+from ldm_edu.evaluation.judge import (
     CELLS,
     JudgeError,
     PromptAccuracy,
@@ -24,7 +36,6 @@ from ldm_edu.judge import (
     verdict,
     what,
 )
-from ldm_edu.scenes import COLOURS, SHAPES, SIZES, Scene, SceneError, Thing, captions, draw_scene, relation, render
 
 
 def drawn(n: int, seed: int = 0) -> list[Scene]:

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from ldm_edu import LatentDiffusion, ToyCOCO
-from ldm_edu.autoencoder import AutoencoderKL
-from ldm_edu.judge import SceneReader
-from ldm_edu.judge_training import (
+from ldm_edu.evaluation.judge import SceneReader
+from ldm_edu.evaluation.metrics import ToyFeatures, thing_targets
+from ldm_edu.first_stage.autoencoder import AutoencoderKL
+from ldm_edu.first_stage.quantization import AutoencoderVQ
+from ldm_edu.settings import load_tensors
+from ldm_edu.training.judge import (
     cook,
     named_right,
     reader_draws,
@@ -20,10 +23,7 @@ from ldm_edu.judge_training import (
     train_reader,
     unpacked,
 )
-from ldm_edu.metrics import ToyFeatures, thing_targets
-from ldm_edu.quantization import AutoencoderVQ
-from ldm_edu.recipes import SCENE_READER, TOY_FEATURES, find_recipe
-from ldm_edu.settings import load_tensors
+from ldm_edu.training.recipes import SCENE_READER, TOY_FEATURES, find_recipe
 
 
 def tiny(recipe, steps: int = 4):
@@ -85,7 +85,7 @@ def test_targets_survive_being_kept_small():
 
 @pytest.mark.parametrize("recipe, train", [(SCENE_READER, train_reader), (TOY_FEATURES, train_features)])
 def test_a_run_that_was_stopped_ends_with_the_same_weights(recipe, train, tmp_path, monkeypatch):
-    import ldm_edu.judge_training as module
+    import ldm_edu.training.judge as module
 
     how = {"device": "cpu", "precision": "fp32", "every": 2, "cache_dir": tmp_path / "cache"}
     monkeypatch.setattr(module, "reader_scores", lambda reader, stages, n=1024: {"drawn": "not asked here"})

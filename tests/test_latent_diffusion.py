@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ldm_edu import AutoencoderKL, CheckpointError, LatentDiffusion, LDMError, NoiseSchedule, TextConditioner, UNet
-from ldm_edu.conditioning import PromptError
-from ldm_edu.quantization import AutoencoderVQ, IdentityFirstStage
-from ldm_edu.sampling import SeededNoise, ddim, last
+from ldm_edu.conditioning.text import PromptError
+from ldm_edu.diffusion.sampling import SeededNoise, ddim, last
+from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage
 
 
 def first_stage(kind: str):

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_edu.autoencoder import AutoencoderKL, DiagonalGaussian
-from ldm_edu.losses import FirstStageLoss, kl_loss, reconstruction_loss
-from ldm_edu.metrics import LPIPS, ToyFeatures
-from ldm_edu.quantization import AutoencoderVQ, VectorQuantizer
+from ldm_edu.evaluation.metrics import LPIPS, ToyFeatures
+from ldm_edu.first_stage.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm_edu.first_stage.losses import FirstStageLoss, kl_loss, reconstruction_loss
+from ldm_edu.first_stage.quantization import AutoencoderVQ, VectorQuantizer
 from ldm_edu.settings import LDMError
 
 

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_edu import metrics
-from ldm_edu.metrics import (
+from ldm_edu.data.toy.scenes import Scene, Thing
+from ldm_edu.evaluation import metrics
+from ldm_edu.evaluation.metrics import (
     BACKBONES,
     LPIPS,
     THINGS,
@@ -29,7 +30,6 @@ from ldm_edu.metrics import (
     thing_targets,
     unit,
 )
-from ldm_edu.scenes import Scene, Thing
 from ldm_edu.settings import CheckpointError, save_tensors
 
 # --- PSNR ---
@@ -276,7 +276,7 @@ def test_lpips_equals_the_package_with_the_published_backbone(net, lpips_weights
 
 
 def test_lpips_sees_what_the_eye_sees_with_the_published_backbone(lpips_weights):
-    from ldm_edu.scenes import render
+    from ldm_edu.data.toy.scenes import render
 
     x = render([Scene((Thing("sphere", "red", "large", 0.0, 0.0),))])
     blurred = nn.functional.avg_pool2d(nn.functional.pad(x, [2] * 4, mode="replicate"), 5, stride=1)

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_edu import published
-from ldm_edu.autoencoder import AutoencoderKL
-from ldm_edu.published import (
+from ldm_edu.first_stage import published
+from ldm_edu.first_stage.autoencoder import AutoencoderKL
+from ldm_edu.first_stage.published import (
     FILES,
     OLD_ATTENTION,
     PREFIX,
@@ -26,7 +26,7 @@ from ldm_edu.published import (
     save_diffusers,
     to_diffusers,
 )
-from ldm_edu.quantization import AutoencoderVQ, IdentityFirstStage
+from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage
 from ldm_edu.settings import CheckpointError, LDMError, save_json, save_tensors
 
 STABLE_DIFFUSION = dict(channels=128, multipliers=(1, 2, 4, 4), blocks=2, latent_channels=4)

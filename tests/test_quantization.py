@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from ldm_edu.autoencoder import AutoencoderKL
-from ldm_edu.quantization import (
+from ldm_edu.first_stage.autoencoder import AutoencoderKL
+from ldm_edu.first_stage.quantization import (
     AutoencoderVQ,
     IdentityFirstStage,
     VectorQuantizer,

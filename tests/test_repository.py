@@ -112,48 +112,75 @@ def test_citation_and_package_agree():
 
 
 def exported_to() -> dict[str, Path]:
-    """Module name to the notebook that exports it."""
-    found = {}
+    """Module name, without `ldm_edu.`, to the notebook that exports it."""
+    modules = {}
     for path in LESSONS:
         if match := re.search(r"^#\|\s*default_exp:?\s+(\S+)", "\n".join(c["source"] for c in code(path)), re.M):
-            assert match[1] not in found, f"{path.name} and {found[match[1]].name} both export to {match[1]}"
-            found[match[1]] = path
-    return found
-
-
-def names_of(module: str) -> list[str]:
-    """`__all__` of an exported module, read, not imported."""
-    for node in ast.parse((ROOT / "ldm_edu" / f"{module}.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
-            return ast.literal_eval(node.value)
-    return []
-
-
-def imported(source: str) -> set[str]:
-    """The modules of ldm_edu that a cell imports from; a name of the front door counts for the module it lives in."""
-    plain = re.sub(r"^(\s*)[%!].*", r"\1pass", source, flags=re.M)  # shell lines and magics are not Python
-    modules = set()
-    for node in ast.walk(ast.parse(plain)):
-        if isinstance(node, ast.Import):
-            modules |= {a.name.split(".")[1] for a in node.names if a.name.startswith("ldm_edu.")}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ldm_edu":
-            inner = node.module.split(".")[1:2]
-            modules |= set(inner) or {home(a.name) for a in node.names} - {None}
+            assert match[1] not in modules, f"{path.name} and {modules[match[1]].name} both export to {match[1]}"
+            modules[match[1]] = path
     return modules
 
 
-def home(name: str) -> str | None:
-    """The module that a name of the front door comes from."""
-    return name if name in exported_to() else next((m for m in exported_to() if name in names_of(m)), None)
+def file_of(module: str) -> Path | None:
+    """The file of a module of ours, given without `ldm_edu.`; None where there is none."""
+    path = PACKAGE.joinpath(*module.split("."))
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda p: p.stem)
-def test_a_notebook_imports_only_from_notebooks_before_it(path):
+def home(module: str, name: str) -> str:
+    """The module that a name comes from, where it is imported from a room or from the front door."""
+    path = file_of(module) if module else PACKAGE / "__init__.py"
+    if path.name != "__init__.py":
+        return module
+    inner = f"{module}.{name}" if module else name
+    if file_of(inner):
+        return inner
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and name in {a.asname or a.name for a in node.names}:
+            target = "." * node.level + (node.module or "")
+            base = module.split(".")[: len(module.split(".")) - node.level + 1] if node.level else []
+            return home(".".join([*base, node.module or ""] if node.level else target.split(".")[1:]), name)
+    raise AssertionError(f"ldm_edu.{module} has no {name}")
+
+
+def imported(source: str) -> set[tuple[str, str, str]]:
+    """What a cell imports of ours: where from, the name, and the module that the name lives in."""
+    plain = re.sub(r"^(\s*)[%!].*", r"\1pass", source, flags=re.M)  # shell lines and magics are not Python
+    names = set()
+    for node in ast.walk(ast.parse(plain)):
+        if isinstance(node, ast.Import):
+            ours = [a.name.partition(".")[2] for a in node.names if a.name.startswith("ldm_edu.")]
+            names |= {(module, module, module) for module in ours}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "ldm_edu":
+            module = node.module.partition(".")[2]
+            names |= {(module, a.name, home(module, a.name)) for a in node.names}
+    return names
+
+
+ROAD = [path for path in LESSONS if path.parent.name[0].isdigit()]
+# Any page may use these from the front door, in a cell that says which page builds them; nothing else that comes later.
+USED_EVERYWHERE = {"LatentDiffusion", "SceneReader", "prompt_accuracy", "psnr", "LPIPS", "ToyFeatures"}
+
+
+def test_the_road_is_ordered():
+    """Page numbers rise from folder to folder, and the first digit of a page is its folder's."""
+    assert len(ROAD) >= 15
+    numbers = [path.stem[:2] for path in ROAD]
+    assert numbers == sorted(set(numbers)), "two pages have one number, or a page stands in a wrong folder"
+    assert not [p for p in ROAD if p.stem[0] != p.parent.name[0]]
+    assert {path.parent.name for path in LESSONS if path not in ROAD} == {"workshop"}
+
+
+@pytest.mark.parametrize("path", ROAD, ids=lambda p: p.stem)
+def test_a_page_imports_only_what_stands_before_it(path):
+    """Earlier pages of the road, the workshop, and modules written by hand."""
     source = exported_to()
-    for module in set().union(*(imported(cell["source"]) for cell in code(path))):
-        assert module in source, f"{path.name} imports ldm_edu.{module}, which no notebook exports"
-        # its own module is allowed: 01a shows at the top what stands at its end
-        assert source[module].name <= path.name, f"{path.name} imports from {source[module].name}, which comes later"
+    for where, name, module in set().union(*(imported(cell["source"]) for cell in code(path))):
+        assert file_of(module) or module == "__version__", f"{path.name} imports {name} from nowhere: {module}"
+        later = module in source and source[module] in ROAD and source[module].stem > path.stem
+        assert not later or (where == "" and name in USED_EVERYWHERE), (
+            f"{path.name} imports {name} from {source[module].name}, which comes later"
+        )
 
 
 def test_the_index_names_every_notebook():

@@ -11,7 +11,7 @@ import pytest
 from small_runs import Child, cook, differences, tiny_autoencoder, weights
 
 import ldm_edu.settings as settings
-import ldm_edu.training as training
+import ldm_edu.training.stages as training
 from ldm_edu.settings import CheckpointError, load_notes
 
 SEED = int(os.environ.get("LDM_EDU_TEST_SEED", random.SystemRandom().randrange(10**6)))  # of the moments of death

@@ -1,4 +1,4 @@
-"""ldm_edu.sampling: against diffusers' schedulers on random configurations, and against exact solutions."""
+"""ldm_edu.diffusion.sampling: against diffusers' schedulers on random configurations, and against exact solutions."""
 
 from math import log2
 from types import SimpleNamespace
@@ -8,8 +8,8 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from ldm_edu.diffusion import GaussianMixture, NoiseSchedule
-from ldm_edu.sampling import SAMPLERS, SeededNoise, Step, amplitudes, ddim, ddpm, last, posterior, timesteps
+from ldm_edu.diffusion.sampling import SAMPLERS, SeededNoise, Step, amplitudes, ddim, ddpm, last, posterior, timesteps
+from ldm_edu.diffusion.schedule import GaussianMixture, NoiseSchedule
 from ldm_edu.settings import LDMError
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_edu.scenes import (
+from ldm_edu.data.toy.scenes import (
     COLOURS,
     EYE,
     FIELD,

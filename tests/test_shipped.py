@@ -6,12 +6,12 @@ import pytest
 import torch
 
 from ldm_edu import LatentDiffusion, SceneReader, ToyCelebA, ToyCOCO, ToyFeatures, psnr
-from ldm_edu.data import collate
-from ldm_edu.evaluation import captions_of, score_prompts
-from ldm_edu.judge import reader_accuracy
-from ldm_edu.quantization import codebook_usage, load_first_stage
-from ldm_edu.recipes import find_recipe, recipe_from_dict
+from ldm_edu.data.folders import collate
+from ldm_edu.evaluation.judge import reader_accuracy
+from ldm_edu.evaluation.prompts import captions_of, score_prompts
+from ldm_edu.first_stage.quantization import codebook_usage, load_first_stage
 from ldm_edu.settings import PRETRAINED
+from ldm_edu.training.recipes import find_recipe, recipe_from_dict
 
 NAME = "toy-text2image"
 
@@ -39,7 +39,7 @@ def test_latents_have_unit_standard_deviation(model):
 
 def test_the_model_predicts_noise_better_with_its_caption(model):
     """On unseen scenes, at middle noise levels: right captions help, wrong ones hurt."""
-    from ldm_edu.diffusion import diffusion_loss
+    from ldm_edu.diffusion.schedule import diffusion_loss
 
     batch = collate(ToyCOCO("test", length=128).__getitems__(range(128)))
     generator = torch.Generator().manual_seed(0)

@@ -7,12 +7,20 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_edu.autoencoder import AutoencoderKL, FirstStage
-from ldm_edu.data import ToyCOCO
-from ldm_edu.published import save_diffusers
-from ldm_edu.quantization import AutoencoderVQ, IdentityFirstStage, load_first_stage
+from ldm_edu.data.folders import ToyCOCO
+from ldm_edu.first_stage.autoencoder import AutoencoderKL, FirstStage
+from ldm_edu.first_stage.published import save_diffusers
+from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage, load_first_stage
+from ldm_edu.first_stage.tiling import (
+    NORMS,
+    decode_tiled,
+    encode_tiled,
+    fixed_norms,
+    recorded_norms,
+    tile_starts,
+    tile_weights,
+)
 from ldm_edu.settings import LDMError
-from ldm_edu.tiling import NORMS, decode_tiled, encode_tiled, fixed_norms, recorded_norms, tile_starts, tile_weights
 
 LEVEL = 2 / 255  # one grey level, where pictures are in [-1, 1]
 

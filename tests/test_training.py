@@ -16,13 +16,14 @@ from PIL import Image
 from small_runs import HOW, Child, cook, differences, of_stages, tiny, tiny_autoencoder, weights
 from torch import nn
 
-import ldm_edu.training as training
-from ldm_edu.autoencoder import AutoencoderKL, DiagonalGaussian
-from ldm_edu.data import DataError, ToyCOCO, cached
+import ldm_edu.training.stages as training
+from ldm_edu.data.folders import DataError, ToyCOCO, cached
+from ldm_edu.evaluation.metrics import LPIPS, ToyFeatures
+from ldm_edu.first_stage.autoencoder import AutoencoderKL, DiagonalGaussian
+from ldm_edu.first_stage.quantization import AutoencoderVQ, load_first_stage
 from ldm_edu.latent_diffusion import LatentDiffusion
-from ldm_edu.metrics import LPIPS, ToyFeatures
-from ldm_edu.quantization import AutoencoderVQ, load_first_stage
-from ldm_edu.recipes import (
+from ldm_edu.settings import CheckpointError, LDMError, load_notes, load_tensors
+from ldm_edu.training.recipes import (
     RECIPES,
     AdversarialRecipe,
     FirstStageRecipe,
@@ -32,8 +33,7 @@ from ldm_edu.recipes import (
     recipe_from_dict,
     recipe_to_dict,
 )
-from ldm_edu.settings import CheckpointError, LDMError, load_notes, load_tensors
-from ldm_edu.training import (
+from ldm_edu.training.stages import (
     DiffusionTask,
     FirstStageTask,
     Run,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ldm_edu import unet as U
-from ldm_edu.attention import AttentionBlock, SpatialTransformer
+from ldm_edu.denoiser import unet as U
+from ldm_edu.denoiser.attention import AttentionBlock, SpatialTransformer
 from ldm_edu.settings import CheckpointError, LDMError
 
 SEEDS = range(6)
@@ -418,7 +418,7 @@ def test_another_network_s_weights_are_refused(tmp_path):
 
 
 def test_a_small_unet_learns_one_batch():
-    from ldm_edu.diffusion import NoiseSchedule, diffusion_loss
+    from ldm_edu.diffusion.schedule import NoiseSchedule, diffusion_loss
     from ldm_edu.settings import fit
 
     torch.manual_seed(0)

@@ -1,0 +1,1 @@
+"""Data sets: drawn ones, CelebA, COCO and folders of pictures; batches, caches, downloads."""

@@ -1,0 +1,1 @@
+"""Data sets that are drawn: small scenes with captions, and faces."""

@@ -1,0 +1,1 @@
+"""Forward diffusion and sampling (§ 3.2, app. B)."""

@@ -1,0 +1,1 @@
+"""Distances between pictures, the judge, and scores of whole models."""
