@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from ldm_edu import LPIPS
-from ldm_edu.data.folders import collate, open_dataset
-from ldm_edu.evaluation.prompts import ReconstructionScores, score_first_stage
+from ldm_edu.data.batches import collate
+from ldm_edu.data.registry import open_dataset
+from ldm_edu.evaluation.reconstruction import ReconstructionScores, score_first_stage
 from ldm_edu.first_stage.quantization import load_first_stage
 from ldm_edu.training.recipes import AutoencoderRecipe, FirstStageRecipe, Training
 from ldm_edu.training.stages import train_autoencoder

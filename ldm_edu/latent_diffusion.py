@@ -15,12 +15,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .first_stage.autoencoder import FirstStage
-from .conditioning.text import Condition, TextConditioner
+from .conditioning.condition import Condition
+from .conditioning.text import TextConditioner
 from .diffusion.schedule import NoiseSchedule
 from .conditioning.guidance import Guidance
 from .first_stage.quantization import load_first_stage
 from .diffusion.sampling import SAMPLERS, SeededNoise, last
-from .settings import CheckpointError, LDMError, checkpoint_path, load_json, progress, save_json
+from .basics import progress
+from .checkpoints import checkpoint_path, load_json, save_json
+from .errors import CheckpointError, LDMError
 from .denoiser.unet import UNet
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #3d2caa2b

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from ldm_edu.settings import load_tensors
+from ldm_edu.checkpoints import load_tensors
 from ldm_edu.training.recipes import (
     AdversarialRecipe,
     AutoencoderRecipe,

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from ldm_edu.errors import LDMError
 from ldm_edu.first_stage.adversarial import Adversary, PatchDiscriminator, adaptive_weight, hinge_loss
 from ldm_edu.first_stage.autoencoder import AutoencoderKL
 from ldm_edu.first_stage.losses import FirstStageLoss
-from ldm_edu.settings import LDMError
 
 # The discriminator ---------------------------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ldm_edu.denoiser import attention as A
-from ldm_edu.settings import LDMError
+from ldm_edu.errors import LDMError
 
 SEEDS = range(6)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ldm_edu.errors import LDMError
 from ldm_edu.first_stage.autoencoder import (
     AutoencoderKL,
     Decoder,
@@ -15,7 +16,6 @@ from ldm_edu.first_stage.autoencoder import (
     estimate_scale,
 )
 from ldm_edu.first_stage.losses import FirstStageLoss
-from ldm_edu.settings import LDMError
 
 
 def random_config(seed: int) -> dict:

@@ -20,7 +20,11 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from ldm_edu.data.folders import COCO, CelebA, DataError, ImageFolder, load_image, to_tensor
+from ldm_edu.data.celeba import CelebA
+from ldm_edu.data.coco import COCO
+from ldm_edu.data.folders import ImageFolder
+from ldm_edu.data.images import load_image, to_tensor
+from ldm_edu.errors import DataError
 
 EVERYTHING = tuple(COCO.known_keys)
 NOISE = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)

@@ -13,20 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_edu.data import folders as data
-from ldm_edu.data.folders import (
-    COCO,
-    CelebA,
-    DataError,
-    ImageCache,
-    ImageFolder,
-    ToyCelebA,
-    ToyCOCO,
-    batches,
-    cached,
-    from_uint8,
-)
+from ldm_edu.data import cache as data
+from ldm_edu.data.batches import batches
+from ldm_edu.data.cache import ImageCache, cached
+from ldm_edu.data.celeba import CelebA
+from ldm_edu.data.coco import COCO
+from ldm_edu.data.folders import ImageFolder
+from ldm_edu.data.images import from_uint8
+from ldm_edu.data.toy import datasets as drawn
+from ldm_edu.data.toy.datasets import ToyCelebA, ToyCOCO
 from ldm_edu.display import to_uint8
+from ldm_edu.errors import DataError
 
 SMALL = {"size": 8, "length": 50, "keys": ("image", "captions")}
 FORK = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
@@ -238,7 +235,7 @@ def test_another_number_or_version_or_data_set_is_refused(tmp_path, monkeypatch)
         cached(ToyCOCO(**SMALL), tmp_path, n=30)
     with pytest.raises(DataError, match="data ToyCOCO, not ToyCelebA"):
         cached(ToyCelebA(size=8, length=50), tmp_path)
-    monkeypatch.setattr(data, "DRAWING_VERSION", data.DRAWING_VERSION + 1)
+    monkeypatch.setattr(drawn, "DRAWING_VERSION", drawn.DRAWING_VERSION + 1)
     with pytest.raises(DataError, match="version"):
         cached(ToyCOCO(**SMALL), tmp_path)
 

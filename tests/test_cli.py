@@ -10,8 +10,8 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
+from ldm_edu.checkpoints import PRETRAINED, load_notes
 from ldm_edu.cli import app
-from ldm_edu.settings import PRETRAINED, load_notes
 
 PROMPT = "a small red sphere left of a big blue cube"
 

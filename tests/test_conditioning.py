@@ -6,9 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_edu.conditioning.text import Condition, PromptError, TextConditioner, TextTransformer, WordTokenizer, suggest
-from ldm_edu.data.folders import ToyCOCO
-from ldm_edu.data.toy.scenes import SPLITS, VOCABULARY
+from ldm_edu.conditioning.condition import Condition
+from ldm_edu.conditioning.text import TextConditioner, TextTransformer, WordTokenizer, suggest
+from ldm_edu.data.toy.captions import VOCABULARY
+from ldm_edu.data.toy.datasets import ToyCOCO
+from ldm_edu.data.toy.scenes import SPLITS
+from ldm_edu.errors import LDMError
 
 
 def random_condition(b: int, seed: int) -> Condition:
@@ -136,7 +139,7 @@ def test_every_caption_of_the_toy_data_fits(split):
 
 
 def test_unknown_words_are_named_with_known_ones_beside_them():
-    with pytest.raises(PromptError) as caught:
+    with pytest.raises(LDMError) as caught:
         WordTokenizer(VOCABULARY)(["a red ball", "a crimson sphear near a Crimson cube"])
     message = str(caught.value)
     assert "crimson, sphear, near" in message and "sphere" in message
@@ -152,7 +155,7 @@ def test_the_closest_word_comes_first(typo, word):
 def test_the_limit_is_named_and_exact():
     tokenizer = WordTokenizer(["a"], length=3)
     assert tokenizer(["a a a"]).tolist() == [[1, 1, 1]]
-    with pytest.raises(PromptError, match="at most 3 words"):
+    with pytest.raises(LDMError, match="at most 3 words"):
         tokenizer(["a a a a"])
 
 
@@ -165,7 +168,7 @@ def test_a_bad_vocabulary_is_refused(vocabulary, named):
 
 
 def test_a_bare_string_is_refused():
-    with pytest.raises(PromptError, match="list of strings"):
+    with pytest.raises(LDMError, match="list of strings"):
         WordTokenizer(VOCABULARY)("a red ball")
 
 

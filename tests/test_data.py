@@ -13,26 +13,17 @@ import torch
 from PIL import Image
 from pycocotools import mask
 
-from ldm_edu.data import folders as module
-from ldm_edu.data.folders import (
-    COCO,
-    CelebA,
-    DataError,
-    ImageFolder,
-    ToyCelebA,
-    ToyCOCO,
-    batches,
-    coco_split,
-    collate,
-    decode_outline,
-    load_image,
-    open_dataset,
-    read_image,
-    split_by_name,
-    square_map,
-    to_tensor,
-)
-from ldm_edu.data.toy.scenes import PAIRS, SEEN, SEGMENTS, SPLITS, UNSEEN, VOCABULARY
+from ldm_edu.data.batches import batches, collate
+from ldm_edu.data.celeba import CelebA
+from ldm_edu.data.coco import COCO, coco_split, decode_outline, square_map
+from ldm_edu.data.folders import ImageFolder, split_by_name
+from ldm_edu.data.images import load_image, read_image, to_tensor
+from ldm_edu.data.registry import open_dataset
+from ldm_edu.data.toy import datasets as module
+from ldm_edu.data.toy.captions import VOCABULARY
+from ldm_edu.data.toy.datasets import ToyCelebA, ToyCOCO
+from ldm_edu.data.toy.scenes import PAIRS, SEEN, SEGMENTS, SPLITS, UNSEEN
+from ldm_edu.errors import DataError
 
 COURSE = ("train", "validation", "test")
 

@@ -13,7 +13,6 @@ from PIL import Image
 from ldm_edu.data.degradation import (
     MASKS,
     SHRINKERS,
-    DegradationError,
     add_noise,
     blur,
     box_mask,
@@ -31,6 +30,7 @@ from ldm_edu.data.degradation import (
     upsample,
 )
 from ldm_edu.display import to_uint8
+from ldm_edu.errors import LDMError
 
 
 def pictures(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -99,20 +99,20 @@ def test_the_number_format_stays(dtype):
 
 @pytest.mark.parametrize("factor", [0, -2, 3, 32])
 def test_a_factor_that_does_not_divide_is_refused(factor):
-    with pytest.raises(DegradationError, match=f"factor .* 16 and 16; {factor} does not"):
+    with pytest.raises(LDMError, match=f"factor .* 16 and 16; {factor} does not"):
         downsample(pictures(1, 3, 16, 16), factor)
-    with pytest.raises(DegradationError, match=f"factor .* 16 and 16; {factor} does not"):
+    with pytest.raises(LDMError, match=f"factor .* 16 and 16; {factor} does not"):
         degrade(pictures(1, 3, 16, 16), factor, streams(0))
 
 
 def test_a_factor_below_one_cannot_enlarge():
-    with pytest.raises(DegradationError, match="factor should be at least 1, not 0"):
+    with pytest.raises(LDMError, match="factor should be at least 1, not 0"):
         upsample(pictures(1, 3, 16, 16), 0)
 
 
 def test_a_single_picture_is_no_batch():
     for spoil in (lambda x: downsample(x, 2), lambda x: upsample(x, 2), lambda x: jpeg(x, 50)):
-        with pytest.raises((DegradationError, TypeCheckError)):
+        with pytest.raises((LDMError, TypeCheckError)):
             spoil(pictures(3, 16, 16))
 
 
@@ -176,7 +176,7 @@ def test_jpeg_keeps_smooth_pictures_at_high_quality():
 
 @pytest.mark.parametrize("quality", [0, 101, -5])
 def test_qualities_that_do_not_exist_are_refused(quality):
-    with pytest.raises(DegradationError, match=f"quality should be from 1 to 100, not {quality}"):
+    with pytest.raises(LDMError, match=f"quality should be from 1 to 100, not {quality}"):
         jpeg(pictures(1, 3, 8, 8), quality)
 
 
@@ -231,20 +231,20 @@ def test_extreme_strength_still_gives_a_picture():
 
 @pytest.mark.parametrize("strength", [0, -1.0, math.nan])
 def test_strength_has_to_be_positive(strength):
-    with pytest.raises(DegradationError, match="strength should be above 0"):
+    with pytest.raises(LDMError, match="strength should be above 0"):
         degrade(pictures(1, 3, 8, 8), 2, streams(0), strength)
 
 
 def test_each_picture_needs_a_generator_of_its_own():
     x, rng = pictures(2, 3, 8, 8), np.random.default_rng(0)
     for spoil in (lambda r: degrade(x, 2, r), lambda r: add_noise(x, 0.1, r)):
-        with pytest.raises(DegradationError, match="there are 1 for 2 pictures"):
+        with pytest.raises(LDMError, match="there are 1 for 2 pictures"):
             spoil(streams(0))
-        with pytest.raises(DegradationError, match="twice"):
+        with pytest.raises(LDMError, match="twice"):
             spoil([rng, rng])
-    with pytest.raises(DegradationError, match="`rngs`"):
+    with pytest.raises(LDMError, match="`rngs`"):
         random_mask(8, [])
-    with pytest.raises((DegradationError, TypeCheckError)):
+    with pytest.raises((LDMError, TypeCheckError)):
         random_mask(8, rng)
 
 
@@ -318,7 +318,7 @@ def test_all_kinds_occur_and_only_those_asked_for():
     ],
 )
 def test_masks_that_cannot_be_are_refused(bad, words):
-    with pytest.raises(DegradationError, match=words):
+    with pytest.raises(LDMError, match=words):
         random_mask(**{"size": 16, "rngs": streams(0), **bad})
 
 
@@ -351,15 +351,15 @@ def test_nothing_leaks_from_a_hole():
 @pytest.mark.parametrize("value", [0.5, -1.0, 255.0, math.nan])
 def test_a_mask_is_0_or_1(value):
     mask = torch.full((2, 1, 8, 8), value)
-    with pytest.raises(DegradationError, match="mask should be 1 where"):
+    with pytest.raises(LDMError, match="mask should be 1 where"):
         erase(pictures(2, 3, 8, 8), mask)
-    with pytest.raises(DegradationError, match="mask should be 1 where"):
+    with pytest.raises(LDMError, match="mask should be 1 where"):
         mask_to_latent(mask, 4)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 8, 8), (2, 1, 4, 4), (2, 1, 1, 1), (2, 1, 8, 1)])
 def test_a_mask_fits_its_pictures(shape):
-    with pytest.raises(DegradationError, match=r"mask should be \(2, 1, 8, 8\)"):
+    with pytest.raises(LDMError, match=r"mask should be \(2, 1, 8, 8\)"):
         erase(pictures(2, 3, 8, 8), torch.zeros(shape))
 
 
@@ -381,7 +381,7 @@ def test_one_pixel_is_enough():
 
 
 def test_cells_that_do_not_fit_are_refused():
-    with pytest.raises(DegradationError, match="f should divide .* 16 and 16; 5 does not"):
+    with pytest.raises(LDMError, match="f should divide .* 16 and 16; 5 does not"):
         mask_to_latent(torch.zeros(1, 1, 16, 16), 5)
-    with pytest.raises(DegradationError, match="rule should be 'any' or 'nearest', not 'mean'"):
+    with pytest.raises(LDMError, match="rule should be 'any' or 'nearest', not 'mean'"):
         mask_to_latent(torch.zeros(1, 1, 16, 16), 4, "mean")

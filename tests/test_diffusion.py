@@ -11,15 +11,9 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from ldm_edu.diffusion.schedule import (
-    GaussianMixture,
-    NoiseLevels,
-    NoiseSchedule,
-    diffusion_loss,
-    log_joint,
-    per_sample,
-)
-from ldm_edu.settings import LDMError
+from ldm_edu.diffusion.mixture import GaussianMixture, log_joint
+from ldm_edu.diffusion.schedule import NoiseLevels, NoiseSchedule, diffusion_loss, per_sample
+from ldm_edu.errors import LDMError
 
 SHAPES = [(), (3,), (2, 5), (3, 4, 4), (1, 2, 3, 2)]
 

@@ -14,7 +14,7 @@ from torchvision.utils import make_grid
 
 from ldm_edu import display
 from ldm_edu.display import curve, explore, grid, running_mean, save, show, show_rows, stops, to_pil, to_uint8
-from ldm_edu.settings import LDMError
+from ldm_edu.errors import LDMError
 
 
 @pytest.fixture

@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 
 from ldm_edu.cli import app
 from ldm_edu.data import download
+from ldm_edu.data.celeba import CelebA
+from ldm_edu.data.coco import COCO
 from ldm_edu.data.download import (
     COCO_FILES,
     TERMS,
-    DownloadError,
     Remote,
     accept,
     accepted,
@@ -40,7 +41,8 @@ from ldm_edu.data.download import (
     spread,
     unpack,
 )
-from ldm_edu.data.folders import COCO, CelebA, split_by_name
+from ldm_edu.data.folders import split_by_name
+from ldm_edu.errors import DownloadError
 
 BODY = random.Random(0).randbytes(300_000)
 MD5 = hashlib.md5(BODY).hexdigest()

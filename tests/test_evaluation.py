@@ -5,20 +5,13 @@ import torch
 
 import ldm_edu.evaluation.prompts as evaluation
 from ldm_edu import LatentDiffusion, ToyCOCO, UNet
+from ldm_edu.errors import LDMError
+from ldm_edu.evaluation.features import ToyFeatures
 from ldm_edu.evaluation.judge import PromptAccuracy, SceneReader, Share
-from ldm_edu.evaluation.metrics import ToyFeatures
-from ldm_edu.evaluation.prompts import (
-    EvaluationError,
-    Mean,
-    captions_of,
-    choose_scale,
-    draw_captions,
-    score_first_stage,
-    score_prompts,
-)
+from ldm_edu.evaluation.prompts import captions_of, choose_scale, draw_captions, score_prompts
+from ldm_edu.evaluation.reconstruction import Mean, score_first_stage
 from ldm_edu.first_stage.autoencoder import AutoencoderKL
 from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage
-from ldm_edu.settings import LDMError
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +32,7 @@ def test_splits_do_not_share_captions_in_order():
 
 @pytest.mark.parametrize("n", [0, -1, 10**9])
 def test_too_many_captions_are_refused(n):
-    with pytest.raises(EvaluationError, match="n="):
+    with pytest.raises(LDMError, match="n="):
         captions_of("test", n)
 
 
@@ -52,7 +45,7 @@ def test_a_picture_does_not_depend_on_the_chunk(model):
 
 def test_a_model_without_text_has_no_prompt_score(model, reader):
     silent = LatentDiffusion(model.first_stage, UNet(4, 4, 64, (1,), 1, (1,)), model.schedule, None, model.size)
-    with pytest.raises(EvaluationError, match="without captions"):
+    with pytest.raises(LDMError, match="without captions"):
         score_prompts(silent, reader, ["a small red ball"])
 
 
@@ -69,9 +62,9 @@ def test_the_scale_with_most_captions_wins_and_the_lower_one_of_equals(model, re
 
 
 def test_nothing_is_chosen_on_test(model, reader):
-    with pytest.raises(EvaluationError, match="validation"):
+    with pytest.raises(LDMError, match="validation"):
         choose_scale(model, reader, split="test")
-    with pytest.raises(EvaluationError, match="scales"):
+    with pytest.raises(LDMError, match="scales"):
         choose_scale(model, reader, scales=())
 
 
@@ -156,7 +149,7 @@ def test_a_mean_is_printed_with_its_error():
 
 @pytest.mark.parametrize("n", [0, 1])
 def test_too_few_pictures_are_refused(n, images, distance):
-    with pytest.raises(EvaluationError, match=f"images: {n} are too few .*at least 2"):
+    with pytest.raises(LDMError, match=f"images: {n} are too few .*at least 2"):
         score_first_stage(IdentityFirstStage(), images[:n], distance)
 
 

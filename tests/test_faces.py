@@ -15,7 +15,6 @@ from ldm_edu.data.toy.faces import (
     LAYERS,
     RANGES,
     Face,
-    FaceError,
     blank,
     box,
     coverage,
@@ -31,7 +30,7 @@ from ldm_edu.data.toy.faces import (
     under,
     union,
 )
-from ldm_edu.settings import LDMError
+from ldm_edu.errors import LDMError
 
 
 def gallery(seed: int, n: int) -> list[Face]:
@@ -118,7 +117,7 @@ def test_a_sine_over_a_pixel_is_its_mean_and_vanishes_where_a_pixel_holds_a_wave
 
 @pytest.mark.parametrize("trait", CHOICES)
 def test_an_unknown_choice_is_refused_with_the_known_ones(trait):
-    with pytest.raises(FaceError, match=f"`{trait}` cannot be 'plaid'; known: .*{list(CHOICES[trait])[-1]}"):
+    with pytest.raises(LDMError, match=f"`{trait}` cannot be 'plaid'; known: .*{list(CHOICES[trait])[-1]}"):
         Face(**{trait: "plaid"})
 
 
@@ -126,17 +125,17 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(trait):
 def test_a_number_outside_of_its_range_is_refused_with_the_range(trait):
     low, high = RANGES[trait]
     for wrong in (low - 0.01, high + 0.01, math.nan):
-        with pytest.raises(FaceError, match=f"`{trait}` should be a number from {low} to {high}"):
+        with pytest.raises(LDMError, match=f"`{trait}` should be a number from {low} to {high}"):
             Face(**{trait: wrong})
     for right in (low, high):
         assert render_faces([Face(**{trait: float(right)})], 16).isfinite().all()
 
 
 def test_errors_are_the_course_s_own():
-    assert issubclass(FaceError, LDMError)
-    with pytest.raises(FaceError, match="`size`"):
+    assert issubclass(LDMError, LDMError)
+    with pytest.raises(LDMError, match="`size`"):
         render_faces([Face()], 1)
-    with pytest.raises(FaceError, match="`chunk`"):
+    with pytest.raises(LDMError, match="`chunk`"):
         face_truth([Face()], 8, chunk=0)
 
 

@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ldm_edu.conditioning.condition import Condition
 from ldm_edu.conditioning.guidance import Guidance, drop
-from ldm_edu.conditioning.text import Condition
 from ldm_edu.denoiser.unet import UNet
+from ldm_edu.diffusion.mixture import GaussianMixture
 from ldm_edu.diffusion.sampling import ddim, last
-from ldm_edu.diffusion.schedule import GaussianMixture, NoiseSchedule
+from ldm_edu.diffusion.schedule import NoiseSchedule
 
 SLOTS = {"context": (3, 4), "concat": (2, 5, 5), "vector": (6,)}
 

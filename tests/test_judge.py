@@ -7,21 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_edu.data.toy.scenes import (
-    COLOURS,
-    SHAPES,
-    SIZES,
-    Scene,
-    SceneError,
-    Thing,
-    captions,
-    draw_scene,
-    relation,
-    render,
-)
+from ldm_edu.data.toy.captions import captions, relation
+from ldm_edu.data.toy.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, draw_scene, render
+from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.judge import (
     CELLS,
-    JudgeError,
     PromptAccuracy,
     Reading,
     SceneReader,
@@ -112,7 +102,7 @@ def test_a_reader_survives_its_file(tmp_path):
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 64, 64), (2, 3, 64, 65)])
 def test_pictures_of_another_size_are_refused(shape):
-    with pytest.raises(JudgeError, match="64"):
+    with pytest.raises(LDMError, match="64"):
         SceneReader((8, 8, 8)).read(torch.zeros(shape))
 
 
@@ -184,9 +174,9 @@ def test_accuracy_counts_prompts_things_and_relations_apart(monkeypatch):
 def test_one_caption_for_each_picture():
     reader = SceneReader((8, 8, 8))
     for images, texts in ((2, ["a small red ball"]), (0, [])):
-        with pytest.raises(JudgeError, match="one caption for each"):
+        with pytest.raises(LDMError, match="one caption for each"):
             prompt_accuracy(torch.zeros(images, 3, 64, 64), texts, reader)
-    with pytest.raises(SceneError, match="giraffe"):
+    with pytest.raises(LDMError, match="giraffe"):
         verdict("a small red giraffe", [])
 
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 
 from ldm_edu import LatentDiffusion, ToyCOCO
+from ldm_edu.checkpoints import load_tensors
+from ldm_edu.evaluation.features import ToyFeatures, thing_targets
 from ldm_edu.evaluation.judge import SceneReader
-from ldm_edu.evaluation.metrics import ToyFeatures, thing_targets
 from ldm_edu.first_stage.autoencoder import AutoencoderKL
 from ldm_edu.first_stage.quantization import AutoencoderVQ
-from ldm_edu.settings import load_tensors
+from ldm_edu.training.dispatch import cook
 from ldm_edu.training.judge import (
-    cook,
     named_right,
     reader_draws,
     reader_scores,

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from ldm_edu import AutoencoderKL, CheckpointError, LatentDiffusion, LDMError, NoiseSchedule, TextConditioner, UNet
-from ldm_edu.conditioning.text import PromptError
 from ldm_edu.diffusion.sampling import SeededNoise, ddim, last
 from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage
 
@@ -116,7 +115,7 @@ def test_refuses_questions_without_sense(question, word):
 
 
 def test_an_unknown_word_is_named_with_known_ones():
-    with pytest.raises(PromptError, match="rde.*red"):
+    with pytest.raises(LDMError, match="rde.*red"):
         small().sample("rde ball")
 
 

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ldm_edu.evaluation.metrics import LPIPS, ToyFeatures
+from ldm_edu.errors import LDMError
+from ldm_edu.evaluation.features import ToyFeatures
+from ldm_edu.evaluation.metrics import LPIPS
 from ldm_edu.first_stage.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm_edu.first_stage.losses import FirstStageLoss, kl_loss, reconstruction_loss
 from ldm_edu.first_stage.quantization import AutoencoderVQ, VectorQuantizer
-from ldm_edu.settings import LDMError
 
 
 def pair(b: int = 3, side: int = 16) -> tuple[Tensor, Tensor]:

@@ -12,25 +12,13 @@ import pytest
 import torch
 from torch import nn
 
+from ldm_edu.checkpoints import save_tensors
 from ldm_edu.data.toy.scenes import Scene, Thing
-from ldm_edu.evaluation import metrics
-from ldm_edu.evaluation.metrics import (
-    BACKBONES,
-    LPIPS,
-    THINGS,
-    MetricError,
-    ToyFeatures,
-    backbone_weights,
-    gaussian_window,
-    layer_distances,
-    linear_weights,
-    psnr,
-    ssim,
-    ssim_map,
-    thing_targets,
-    unit,
-)
-from ldm_edu.settings import CheckpointError, save_tensors
+from ldm_edu.errors import CheckpointError, LDMError
+from ldm_edu.evaluation import backbones
+from ldm_edu.evaluation.backbones import BACKBONES, backbone_weights, linear_weights
+from ldm_edu.evaluation.features import THINGS, ToyFeatures, thing_targets
+from ldm_edu.evaluation.metrics import LPIPS, gaussian_window, layer_distances, psnr, ssim, ssim_map, unit
 
 # --- PSNR ---
 
@@ -86,13 +74,13 @@ def test_what_is_not_a_number_stays_visible():
 
 @pytest.mark.parametrize("other", [(1, 3, 8, 8), (2, 3, 8, 9), (2, 1, 8, 8), (3, 8, 8)])
 def test_shapes_that_do_not_fit_are_refused(other):
-    with pytest.raises(MetricError, match=r"\(2, 3, 8, 8\)"):
+    with pytest.raises(LDMError, match=r"\(2, 3, 8, 8\)"):
         psnr(pictures(2, 3, 8, 8), pictures(*other))
 
 
 def test_bytes_are_refused():
     x = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
-    with pytest.raises(Exception):  # by the annotation where shapes are checked, else by MetricError
+    with pytest.raises(Exception):  # by the annotation where shapes are checked, else by LDMError
         psnr(x, x)
 
 
@@ -183,14 +171,14 @@ def test_ssim_has_a_gradient_everywhere():
 
 @pytest.mark.parametrize("shape", [(1, 3, 5, 16), (1, 3, 16, 5)])
 def test_ssim_refuses_pictures_smaller_than_half_a_window(shape):
-    with pytest.raises(MetricError, match="at least 6 pixels"):
+    with pytest.raises(LDMError, match="at least 6 pixels"):
         ssim(pictures(*shape), pictures(*shape))
     assert ssim(pictures(1, 3, 6, 6), pictures(1, 3, 6, 6)).item() == 1
 
 
 @pytest.mark.parametrize("other", [(1, 3, 8, 8), (2, 3, 8, 9), (2, 1, 8, 8), (3, 8, 8)])
 def test_ssim_refuses_shapes_that_do_not_fit(other):
-    with pytest.raises(MetricError, match=r"\(2, 3, 8, 8\)"):
+    with pytest.raises(LDMError, match=r"\(2, 3, 8, 8\)"):
         ssim(pictures(2, 3, 8, 8), pictures(*other))
 
 
@@ -322,23 +310,23 @@ def test_lpips_gradient_is_finite_where_features_are_all_zero(tmp_path):
 def test_lpips_refuses_pictures_that_are_too_small(net, tmp_path):
     metric, least = LPIPS(net, random_backbone(net, tmp_path), download=False), BACKBONES[net].smallest
     assert metric(pictures(1, 3, least, least), pictures(1, 3, least, least, seed=1)).isfinite().all()
-    with pytest.raises(MetricError, match=f"at least {least} pixels"):
+    with pytest.raises(LDMError, match=f"at least {least} pixels"):
         metric(pictures(1, 3, 64, least - 1), pictures(1, 3, 64, least - 1))
 
 
 def test_lpips_refuses_shapes_that_do_not_fit(alex):
-    with pytest.raises(MetricError, match="one shape"):
+    with pytest.raises(LDMError, match="one shape"):
         alex(pictures(2, 3, 40, 40), pictures(1, 3, 40, 40))
 
 
 def test_networks_refuse_grey_pictures(alex, toy):
     for distance in (alex, toy.distance):
-        with pytest.raises(Exception):  # by the annotation where shapes are checked, else by MetricError
+        with pytest.raises(Exception):  # by the annotation where shapes are checked, else by LDMError
             distance(pictures(1, 1, 40, 40), pictures(1, 1, 40, 40))
 
 
 def test_lpips_knows_its_networks():
-    with pytest.raises(MetricError, match="alex or vgg, not 'squeeze'"):
+    with pytest.raises(LDMError, match="alex or vgg, not 'squeeze'"):
         LPIPS("squeeze")
 
 
@@ -361,7 +349,7 @@ def test_channel_weights_are_non_negative_and_fit_their_layers():
 
 def test_without_the_package_the_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MetricError, match="pip install lpips"):
+    with pytest.raises(LDMError, match="pip install lpips"):
         linear_weights("alex")
 
 
@@ -371,7 +359,7 @@ def test_damaged_channel_weights_are_named(monkeypatch, tmp_path):
     spec = importlib.util.spec_from_file_location("lpips", tmp_path / "__init__.py")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
     for net in BACKBONES:  # one is damaged, the other missing
-        with pytest.raises(MetricError, match=rf"{net}\.pth"):
+        with pytest.raises(LDMError, match=rf"{net}\.pth"):
             linear_weights(net)
 
 
@@ -379,7 +367,7 @@ def test_weights_dir_comes_before_torchvision(tmp_path, monkeypatch):
     def never(*args):
         raise AssertionError("torchvision was asked")
 
-    monkeypatch.setattr(metrics, "_from_torchvision", never)
+    monkeypatch.setattr(backbones, "_from_torchvision", never)
     folder = random_backbone("alex", tmp_path)
     assert backbone_weights("alex", folder).keys() == backbone_weights("alex", str(folder)).keys()
 
@@ -400,7 +388,7 @@ def test_what_torchvision_has_downloaded_is_found(download, no_cache, tmp_path):
 
 @pytest.mark.parametrize("weights_dir", [True, False])
 def test_without_weights_the_error_names_both_places(weights_dir, no_cache, tmp_path):
-    with pytest.raises(MetricError) as caught:
+    with pytest.raises(LDMError) as caught:
         LPIPS("vgg", tmp_path if weights_dir else None, download=False)
     message = str(caught.value)
     url = "https://download.pytorch.org/models/vgg16"
@@ -416,7 +404,7 @@ def test_a_download_that_fails_is_told_with_its_reason(failure, no_cache, tmp_pa
         raise failure
 
     monkeypatch.setattr(_api, "load_state_dict_from_url", fail)
-    with pytest.raises(MetricError, match="alexnet_features.safetensors") as caught:
+    with pytest.raises(LDMError, match="alexnet_features.safetensors") as caught:
         LPIPS("alex", tmp_path)
     assert str(failure) in str(caught.value)
 
@@ -442,7 +430,7 @@ def test_half_precision_weights_become_single(tmp_path):
 
 def test_importing_metrics_loads_neither_lpips_nor_torchvision(root):
     heavy = ["lpips", "torchvision", "torchmetrics"]
-    code = f"import sys, ldm_edu.metrics; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, ldm_edu.evaluation.metrics; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -487,12 +475,12 @@ def test_toy_distance_has_a_gradient_that_leads_to_the_picture(toy):
 
 
 def test_toy_features_refuse_what_does_not_fit(toy):
-    with pytest.raises(MetricError, match="at least 16 pixels"):
+    with pytest.raises(LDMError, match="at least 16 pixels"):
         toy.distance(pictures(1, 3, 15, 32), pictures(1, 3, 15, 32))
-    with pytest.raises(MetricError, match="one shape"):
+    with pytest.raises(LDMError, match="one shape"):
         toy.distance(pictures(1, 3, 32, 32), pictures(2, 3, 32, 32))
     for channels in ((), (12,), (0,)):
-        with pytest.raises(MetricError, match="multiples of 8"):
+        with pytest.raises(LDMError, match="multiples of 8"):
             ToyFeatures(channels)
 
 

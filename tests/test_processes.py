@@ -11,8 +11,8 @@ import pytest
 from small_runs import Child, cook, of_stages, tiny, tiny_autoencoder, weights
 
 import ldm_edu.training.stages as training
-from ldm_edu.settings import load_notes
-from ldm_edu.training.stages import order
+from ldm_edu.checkpoints import load_notes
+from ldm_edu.training.loop import order
 
 # What each of the processes runs: as a script, since that is what `accelerate launch` starts.
 SCRIPT = """

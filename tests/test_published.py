@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm_edu.checkpoints import save_json, save_tensors
+from ldm_edu.errors import CheckpointError, LDMError
 from ldm_edu.first_stage import published
 from ldm_edu.first_stage.autoencoder import AutoencoderKL
 from ldm_edu.first_stage.published import (
@@ -27,7 +29,6 @@ from ldm_edu.first_stage.published import (
     to_diffusers,
 )
 from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage
-from ldm_edu.settings import CheckpointError, LDMError, save_json, save_tensors
 
 STABLE_DIFFUSION = dict(channels=128, multipliers=(1, 2, 4, 4), blocks=2, latent_channels=4)
 PAPER = [  # of table 8, with the attention of the released configurations

@@ -6,6 +6,8 @@ import random
 import pytest
 import torch
 
+from ldm_edu.checkpoints import save_json
+from ldm_edu.errors import CheckpointError, LDMError
 from ldm_edu.first_stage.autoencoder import AutoencoderKL
 from ldm_edu.first_stage.quantization import (
     AutoencoderVQ,
@@ -15,7 +17,6 @@ from ldm_edu.first_stage.quantization import (
     load_first_stage,
     nearest,
 )
-from ldm_edu.settings import CheckpointError, LDMError, save_json
 
 
 def random_case(seed: int) -> tuple[VectorQuantizer, torch.Tensor]:

@@ -10,9 +10,10 @@ import time
 import pytest
 from small_runs import Child, cook, differences, tiny_autoencoder, weights
 
-import ldm_edu.settings as settings
+import ldm_edu.checkpoints as checkpoints
 import ldm_edu.training.stages as training
-from ldm_edu.settings import CheckpointError, load_notes
+from ldm_edu.checkpoints import load_notes
+from ldm_edu.errors import CheckpointError
 
 SEED = int(os.environ.get("LDM_EDU_TEST_SEED", random.SystemRandom().randrange(10**6)))  # of the moments of death
 
@@ -58,7 +59,7 @@ def die() -> None:
 
 def die_at_write(folder, k: int) -> None:
     """Cook, and die when half of the k-th safetensors file is written."""
-    whole, written = settings.save_file, []
+    whole, written = checkpoints.save_file, []
 
     def half(tensors, path, metadata=None):
         whole(tensors, path, metadata=metadata)
@@ -67,7 +68,7 @@ def die_at_write(folder, k: int) -> None:
             os.truncate(path, path.stat().st_size // 2)
             die()
 
-    settings.save_file = half
+    checkpoints.save_file = half
     cook(folder)
 
 

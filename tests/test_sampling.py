@@ -8,9 +8,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from ldm_edu.diffusion.mixture import GaussianMixture
 from ldm_edu.diffusion.sampling import SAMPLERS, SeededNoise, Step, amplitudes, ddim, ddpm, last, posterior, timesteps
-from ldm_edu.diffusion.schedule import GaussianMixture, NoiseSchedule
-from ldm_edu.settings import LDMError
+from ldm_edu.diffusion.schedule import NoiseSchedule
+from ldm_edu.errors import LDMError
 
 
 def rng(seed: int) -> torch.Generator:

@@ -7,6 +7,18 @@ import numpy as np
 import pytest
 import torch
 
+from ldm_edu.data.toy.captions import (
+    RELATIONS,
+    VOCABULARY,
+    WORDS,
+    Description,
+    Named,
+    caption,
+    captions,
+    meanings,
+    read_caption,
+    relation,
+)
 from ldm_edu.data.toy.scenes import (
     COLOURS,
     EYE,
@@ -14,35 +26,25 @@ from ldm_edu.data.toy.scenes import (
     HEIGHT,
     HITS,
     INF,
-    RELATIONS,
     SEGMENTS,
     SHAPES,
     SIZES,
     TARGET,
     UNSEEN,
-    VOCABULARY,
-    WORDS,
-    Description,
-    Named,
     Scene,
-    SceneError,
     Thing,
     camera_frame,
     camera_rays,
-    caption,
-    captions,
     draw_scene,
     far_enough,
     mask_boxes,
-    meanings,
     pack,
     project,
-    read_caption,
-    relation,
     render,
     trace,
     truth,
 )
+from ldm_edu.errors import LDMError
 
 
 def random_scenes(n: int, seed: int = 0, unseen: bool = False) -> list[Scene]:
@@ -111,18 +113,18 @@ def test_an_empty_floor_can_be_drawn():
     [(("cone", "red", "small"), "shape"), (("cube", "pink", "small"), "colour"), (("cube", "red", "huge"), "size")],
 )
 def test_unknown_things_are_refused(words, part):
-    with pytest.raises(SceneError, match=f"{part}.*known: "):
+    with pytest.raises(LDMError, match=f"{part}.*known: "):
         Thing(*words, 0.0, 0.0)
     assert set(SIZES) == {"small", "large"} and len(COLOURS) == 8 and len(SHAPES) == 3
 
 
 @pytest.mark.parametrize("draw", [render, truth])
 def test_what_cannot_be_drawn_is_refused(draw):
-    with pytest.raises(SceneError, match="size"):
+    with pytest.raises(LDMError, match="size"):
         draw([Scene(())], 0)
-    with pytest.raises(SceneError, match="scenes"):
+    with pytest.raises(LDMError, match="scenes"):
         draw([])
-    with pytest.raises(SceneError, match="chunk"):
+    with pytest.raises(LDMError, match="chunk"):
         draw([Scene(())], chunk=0)
 
 
@@ -427,7 +429,7 @@ def test_what_people_write_is_read(text, things, relations):
     ],
 )
 def test_what_cannot_be_read_is_refused(text, message):
-    with pytest.raises(SceneError, match=message):
+    with pytest.raises(LDMError, match=message):
         read_caption(text)
 
 
@@ -447,14 +449,14 @@ def test_plain_words_say_the_same():
 
 
 def test_any_words_are_read_or_refused():
-    """Whatever stands in whatever order: a description that makes sense, or a SceneError."""
+    """Whatever stands in whatever order: a description that makes sense, or a LDMError."""
     rng, phrases = np.random.default_rng(17), [phrase for said in WORDS.values() for phrase in said]
     pool, read = [*phrases, *COLOURS, "a", "and", "there is", "of", ball, box, can, ball, box, can], 0
     for _ in range(5000):
         text = " ".join(rng.choice(pool, rng.integers(0, 6)))
         try:
             said = read_caption(text)
-        except SceneError:
+        except LDMError:
             continue
         read += 1
         assert said.things and all(i < j < len(said.things) and word in RELATIONS for i, word, j in said.relations)

@@ -13,31 +13,11 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_edu import settings as module
-from ldm_edu.settings import (
-    PROFILES,
-    CheckpointError,
-    LDMError,
-    Part,
-    Settings,
-    SettingsError,
-    atomic,
-    checkpoint_path,
-    find_settings,
-    fit,
-    is_static,
-    load_json,
-    load_settings,
-    load_tensors,
-    pace,
-    pick_device,
-    pick_dtype,
-    progress,
-    refusal,
-    save_json,
-    save_tensors,
-    set_seed,
-)
+from ldm_edu import basics, checkpoints
+from ldm_edu.basics import fit, is_static, pace, pick_device, pick_dtype, progress, set_seed
+from ldm_edu.checkpoints import Part, atomic, checkpoint_path, load_json, load_tensors, save_json, save_tensors
+from ldm_edu.errors import CheckpointError, LDMError, refusal
+from ldm_edu.settings import PROFILES, Settings, find_settings, load_settings
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,13 +89,13 @@ def test_environment_over_file_over_defaults(ini, tmp_path):
     ],
 )
 def test_a_faulty_file_is_refused_and_the_fault_named(ini, text, said):
-    with pytest.raises(SettingsError, match=said):
+    with pytest.raises(LDMError, match=said):
         ini(text)
 
 
 @pytest.mark.parametrize("name, value", [("PROFILE", "CI"), ("DATASET", "x"), ("DEVICE", "tpu"), ("SEED", "one")])
 def test_a_faulty_variable_is_refused(name, value, tmp_path):
-    with pytest.raises(SettingsError, match=value):
+    with pytest.raises(LDMError, match=value):
         load_settings(tmp_path, {f"LDM_EDU_{name}": value})
 
 
@@ -141,7 +121,7 @@ def test_caps_only_lower(profile, n):
 
 @pytest.mark.parametrize("name", ["tpu", "cuda:x", "cuda:999", "", "CPU", "cpu:0"])
 def test_devices_that_are_not_there(name):
-    with pytest.raises(SettingsError, match="device"):
+    with pytest.raises(LDMError, match="device"):
         pick_device(name)
 
 
@@ -190,7 +170,7 @@ def test_static_unless_there_is_a_kernel(monkeypatch):
 def test_progress_is_silent_or_a_bar(monkeypatch, capsys):
     things = [1, 2, 3]
     assert progress(things) is things
-    monkeypatch.setattr(module, "is_static", lambda: False)
+    monkeypatch.setattr(basics, "is_static", lambda: False)
     assert list(progress(things, "counting")) == things
     assert "counting" in capsys.readouterr().err
 
@@ -410,7 +390,7 @@ def test_an_interrupted_save_leaves_the_old_checkpoint(saved, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(module, "save_file", half_written)
+    monkeypatch.setattr(checkpoints, "save_file", half_written)
     with pytest.raises(CheckpointError, match="could not be written.*no space"):
         toy.save_pretrained(folder)
     toy.scale = torch.tensor(3.0)  # and what JSON cannot hold
@@ -512,7 +492,7 @@ def test_a_checkpoint_of_another_class(saved, tmp_path):
 
 
 def test_folders_first_then_what_is_shipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "PRETRAINED", tmp_path / "pretrained")
+    monkeypatch.setattr(checkpoints, "PRETRAINED", tmp_path / "pretrained")
     (tmp_path / "pretrained" / "toy-model").mkdir(parents=True)
     assert checkpoint_path("toy-model") == tmp_path / "pretrained" / "toy-model"
     with pytest.raises(CheckpointError, match="shipped: toy-model"):
@@ -525,7 +505,7 @@ def test_folders_first_then_what_is_shipped(tmp_path, monkeypatch):
 
 
 def test_everything_shipped_is_found():
-    folders = [path for path in module.PRETRAINED.glob("*") if path.is_dir()]
+    folders = [path for path in checkpoints.PRETRAINED.glob("*") if path.is_dir()]
     assert len(folders) >= 5
     for folder in folders:
         assert checkpoint_path(folder.name) == folder

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from ldm_edu import LatentDiffusion, SceneReader, ToyCelebA, ToyCOCO, ToyFeatures, psnr
-from ldm_edu.data.folders import collate
+from ldm_edu.checkpoints import PRETRAINED
+from ldm_edu.data.batches import collate
 from ldm_edu.evaluation.judge import reader_accuracy
 from ldm_edu.evaluation.prompts import captions_of, score_prompts
 from ldm_edu.first_stage.quantization import codebook_usage, load_first_stage
-from ldm_edu.settings import PRETRAINED
 from ldm_edu.training.recipes import find_recipe, recipe_from_dict
 
 NAME = "toy-text2image"

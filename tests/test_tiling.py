@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_edu.data.folders import ToyCOCO
+from ldm_edu.data.toy.datasets import ToyCOCO
+from ldm_edu.errors import LDMError
 from ldm_edu.first_stage.autoencoder import AutoencoderKL, FirstStage
 from ldm_edu.first_stage.published import save_diffusers
 from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage, load_first_stage
@@ -20,7 +21,6 @@ from ldm_edu.first_stage.tiling import (
     tile_starts,
     tile_weights,
 )
-from ldm_edu.settings import LDMError
 
 LEVEL = 2 / 255  # one grey level, where pictures are in [-1, 1]
 

@@ -16,13 +16,21 @@ from PIL import Image
 from small_runs import HOW, Child, cook, differences, of_stages, tiny, tiny_autoencoder, weights
 from torch import nn
 
+import ldm_edu.training.latents as latents
+import ldm_edu.training.loop as loop
+import ldm_edu.training.run as runs
 import ldm_edu.training.stages as training
-from ldm_edu.data.folders import DataError, ToyCOCO, cached
-from ldm_edu.evaluation.metrics import LPIPS, ToyFeatures
+from ldm_edu.checkpoints import load_notes, load_tensors
+from ldm_edu.data.cache import cached
+from ldm_edu.data.toy.datasets import ToyCOCO
+from ldm_edu.errors import CheckpointError, DataError, LDMError
+from ldm_edu.evaluation.features import ToyFeatures
+from ldm_edu.evaluation.metrics import LPIPS
 from ldm_edu.first_stage.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm_edu.first_stage.quantization import AutoencoderVQ, load_first_stage
 from ldm_edu.latent_diffusion import LatentDiffusion
-from ldm_edu.settings import CheckpointError, LDMError, load_notes, load_tensors
+from ldm_edu.training.latents import cached_latents
+from ldm_edu.training.loop import clip_gradients, draws, order
 from ldm_edu.training.recipes import (
     RECIPES,
     AdversarialRecipe,
@@ -33,28 +41,10 @@ from ldm_edu.training.recipes import (
     recipe_from_dict,
     recipe_to_dict,
 )
-from ldm_edu.training.stages import (
-    DiffusionTask,
-    FirstStageTask,
-    Run,
-    begin,
-    build_first_stage,
-    cached_latents,
-    check_shares,
-    checkpoint,
-    clip_gradients,
-    draws,
-    make_accelerator,
-    make_state,
-    open_run,
-    order,
-    perceptual_distance,
-    run_stage,
-    said,
-    stages,
-    train,
-    train_autoencoder,
-)
+from ldm_edu.training.run import Run, begin, check_shares, make_accelerator, open_run, stages
+from ldm_edu.training.stages import run_stage, said, train, train_autoencoder
+from ldm_edu.training.state import checkpoint, make_state
+from ldm_edu.training.tasks import DiffusionTask, FirstStageTask, build_first_stage, perceptual_distance
 
 # What is random about a step -----------------------------------------------------------------------------------------
 
@@ -270,14 +260,14 @@ def test_clipping_warm_up_and_average_are_what_they_say(tmp_path):
     mean = {name: value.clone() for name, value in net.state_dict().items()}
     adam = torch.optim.AdamW(net.parameters(), betas=(0.9, 0.99), weight_decay=0.1)
     for step in range(3):
-        torch.manual_seed(training.step_seed(0, step, 0))
+        torch.manual_seed(loop.step_seed(0, step, 0))
         loss, _ = net(batch_at(step))
         grads = torch.autograd.grad(loss, list(net.parameters()))
         size = torch.stack([g.square().sum() for g in grads]).sum().sqrt()
         assert size > 0.1  # or clipping would not be tested
         for p, g in zip(net.parameters(), grads):
             p.grad = g * 0.1 / size
-        adam.param_groups[0]["lr"] = training.learning_rate(how, step)
+        adam.param_groups[0]["lr"] = loop.learning_rate(how, step)
         adam.step()
         d = min(0.9, (1 + step) / (10 + step))
         mean = {name: d * mean[name] + (1 - d) * value for name, value in net.state_dict().items()}
@@ -321,7 +311,7 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path):
 
 
 def test_a_stage_of_a_recipe_names_its_term(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "learning_rate", lambda training, step: 1e30 if step == 2 else 1e-3)
+    monkeypatch.setattr(loop, "learning_rate", lambda training, step: 1e30 if step == 2 else 1e-3)
     with pytest.raises(LDMError, match="at step 3 the loss is .*l1"):
         cook(tmp_path / "run")
 
@@ -669,8 +659,8 @@ def test_both_stages_with_a_codebook(cache, tmp_path):
 
 
 def test_latents_are_made_once_for_each_first_stage_and_pictures(tmp_path, monkeypatch):
-    made, whole = [], training.encode_all
-    monkeypatch.setattr(training, "encode_all", lambda *args: made.append(args[3]) or whole(*args))
+    made, whole = [], latents.encode_all
+    monkeypatch.setattr(latents, "encode_all", lambda *args: made.append(args[3]) or whole(*args))
     cpu, path = make_accelerator("cpu", "fp32"), tmp_path / "latents" / "train.safetensors"
     pictures = cached(ToyCOCO(size=16, keys=("image", "captions")), tmp_path / "a", 70)
     others = cached(ToyCOCO(size=16, seed=1, keys=("image", "captions")), tmp_path / "b", 70)
@@ -715,7 +705,7 @@ def test_the_latents_of_a_codebook_are_those_before_it(tmp_path):
     assert torch.equal(again[0], mean) and torch.equal(again[1], logvar)
     with torch.no_grad():
         first_stage.quantize.embedding.weight.add_(1.0)  # other weights: it does not matter which
-    assert load_notes(tmp_path / "latents.safetensors")["first_stage"] != training.fingerprint(first_stage)
+    assert load_notes(tmp_path / "latents.safetensors")["first_stage"] != latents.fingerprint(first_stage)
 
 
 # Whole runs ----------------------------------------------------------------------------------------------------------
@@ -828,7 +818,7 @@ def test_batches_that_cannot_be_shared_are_refused_before_anything_is_done(tmp_p
         monkeypatch.setattr(type(accelerator), "num_processes", 3)
         return accelerator
 
-    monkeypatch.setattr(training, "make_accelerator", of_three)
+    monkeypatch.setattr(runs, "make_accelerator", of_three)
     recipe = tiny(batch_size=3)
     recipe = replace(recipe, diffusion=replace(recipe.diffusion, training=stages(tiny(batch_size=4))[1]))
     with pytest.raises(LDMError, match="batch_size=4 cannot be shared by 3 processes"):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ldm_edu.denoiser import unet as U
 from ldm_edu.denoiser.attention import AttentionBlock, SpatialTransformer
-from ldm_edu.settings import CheckpointError, LDMError
+from ldm_edu.errors import CheckpointError, LDMError
 
 SEEDS = range(6)
 
@@ -418,8 +418,8 @@ def test_another_network_s_weights_are_refused(tmp_path):
 
 
 def test_a_small_unet_learns_one_batch():
+    from ldm_edu.basics import fit
     from ldm_edu.diffusion.schedule import NoiseSchedule, diffusion_loss
-    from ldm_edu.settings import fit
 
     torch.manual_seed(0)
     unet = U.UNet(3, 3, 64, (1,), 1, ())

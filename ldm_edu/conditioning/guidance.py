@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from .text import Condition
-from ..settings import LDMError
+from .condition import Condition
+from ..errors import LDMError
 
 # %% ../../nbs/4_conditioning/44_guidance.ipynb #34cd3689
 class Guidance:

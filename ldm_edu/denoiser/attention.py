@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..settings import LDMError
+from ..errors import LDMError
 
 # %% ../../nbs/3_denoiser/31_attention.ipynb #c138329c
 def attention_weights(

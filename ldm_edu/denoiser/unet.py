@@ -19,7 +19,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .attention import AttentionBlock, SpatialTransformer, norm, zero_init
-from ..settings import LDMError, Part
+from ..checkpoints import Part
+from ..errors import LDMError
 
 # %% ../../nbs/3_denoiser/32_unet.ipynb #ddb88641
 def timestep_embedding(

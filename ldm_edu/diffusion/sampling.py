@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .schedule import NoiseSchedule
-from ..settings import LDMError
+from ..errors import LDMError
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #0d3077fb
 class Step(NamedTuple):

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..settings import LDMError
+from ..errors import LDMError
 
 # %% ../../nbs/1_first_stage/14_adversarial.ipynb #a65a3433
 NORMS = ("batch", "group")  # what a discriminator may normalise over

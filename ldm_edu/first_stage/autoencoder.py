@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..settings import LDMError, Part
+from ..checkpoints import Part
+from ..errors import LDMError
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #9fdf9da7
 def norm(

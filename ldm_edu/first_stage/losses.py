@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .autoencoder import DiagonalGaussian, Quantized
-from ..settings import LDMError
+from ..errors import LDMError
 
 # %% ../../nbs/1_first_stage/12_losses.ipynb #f7bf8320
 def reconstruction_loss(

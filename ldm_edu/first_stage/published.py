@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from .autoencoder import AutoencoderKL, FirstStage
 from .quantization import AutoencoderVQ
-from ..settings import CheckpointError, LDMError, atomic, load_json, load_tensors, save_json, save_tensors
+from ..checkpoints import atomic, load_json, load_tensors, save_json, save_tensors
+from ..errors import CheckpointError, LDMError
 
 # %% ../../nbs/workshop/published_weights.ipynb #9f398525
 ENDS = {"conv_in": "conv_in", "norm_out": "conv_norm_out", "conv_out": "conv_out"}

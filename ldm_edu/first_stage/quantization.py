@@ -14,7 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .autoencoder import AutoencoderKL, Decoder, DiagonalGaussian, Encoder, FirstStage, Quantized
-from ..settings import LDMError, checkpoint_path, load_json
+from ..checkpoints import checkpoint_path, load_json
+from ..errors import LDMError
 
 # %% ../../nbs/1_first_stage/15_quantization.ipynb #da1d41e8
 def nearest(

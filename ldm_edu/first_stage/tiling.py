@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .autoencoder import FirstStage
-from ..settings import LDMError
+from ..errors import LDMError
 
 # %% ../../nbs/workshop/tiling.ipynb #bd677d92
 Norms = dict[nn.GroupNorm, tuple[Tensor, Tensor]]  # of each layer the variance and the mean, both (b, groups)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['reader_draws', 'through', 'ReaderTask', 'targets_of', 'unpacked', 'reader_scores', 'kept_images', 'train_reader',
-           'FeaturesTask', 'named_right', 'train_features', 'cook']
+           'FeaturesTask', 'named_right', 'train_features']
 
 # %% ../../nbs/workshop/judge_training.ipynb #6e0213e4
 from collections.abc import Mapping, Sequence
@@ -19,24 +19,17 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from ..first_stage.autoencoder import FirstStage
-from ..data.folders import ImageCache, ToyCOCO, ToyCelebA, cached
+from ..data.cache import ImageCache, cached
+from ..data.toy.datasets import ToyCOCO, ToyCelebA
 from ..evaluation.judge import SceneReader, Share, reader_accuracy, reader_loss, reader_targets, spoil
-from ..evaluation.metrics import ToyFeatures, thing_targets
+from ..evaluation.features import ToyFeatures, thing_targets
 from ..first_stage.quantization import load_first_stage
-from .recipes import AnyRecipe, AutoencoderRecipe, FeaturesRecipe, ReaderRecipe, Recipe, recipe_to_dict
+from .recipes import FeaturesRecipe, ReaderRecipe, recipe_to_dict
 from ..data.toy.scenes import Scene
-from ..settings import pick_dtype, progress
-from ldm_edu.training.stages import (
-    Run,
-    begin,
-    made,
-    measure_once,
-    order,
-    run_stage,
-    to_device,
-    train,
-    train_autoencoder,
-)
+from ..basics import pick_dtype, progress
+from .loop import order, to_device
+from .run import Run, begin, made
+from .stages import measure_once, run_stage
 
 # %% ../../nbs/workshop/judge_training.ipynb #b7c791d6
 def reader_draws(seed: int, step: int, indices: Sequence[int], latent: Sequence[int]) -> dict[str, Tensor]:
@@ -277,11 +270,3 @@ def train_features(
     if run.accelerator.is_main_process:
         features.save_pretrained(run.folder / "model")
     return features
-
-# %% ../../nbs/workshop/judge_training.ipynb #04a203e0
-def cook(recipe: AnyRecipe, folder: str | Path, data_dir: str | Path | None = None, **how: Any) -> nn.Module:
-    "Train whatever a recipe is for; `how` is what the function for it takes."
-    if isinstance(recipe, Recipe | AutoencoderRecipe):
-        return (train if isinstance(recipe, Recipe) else train_autoencoder)(recipe, folder, data_dir, **how)
-    how.pop("weights_dir", None)  # these two have no use for it
-    return {ReaderRecipe: train_reader, FeaturesRecipe: train_features}[type(recipe)](recipe, folder, **how)

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from ..settings import LDMError
+from ..errors import LDMError
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #60a7632a
 @dataclass(frozen=True)

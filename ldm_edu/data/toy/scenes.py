@@ -4,20 +4,15 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'SHAPES', 'SIZES', 'EYE', 'TARGET', 'FIELD', 'INF', 'CUBE', 'TUBE', 'TALL', 'HEIGHT', 'HITS', 'FLOOR',
-           'HAZE', 'HALF_WIDTH', 'NEAR', 'FAR', 'UNSEEN', 'SPLITS', 'PAIRS', 'SEEN', 'SEGMENTS', 'WORDS', 'VOCABULARY',
-           'MEANINGS', 'RELATIONS', 'SceneError', 'Thing', 'Scene', 'camera_frame', 'camera_rays', 'hit_sphere',
-           'hit_slabs', 'hit_cube', 'hit_cylinder', 'rotate', 'unrotate', 'Packed', 'pack', 'intersect', 'first_hit',
-           'local_normal', 'at_hits', 'surface_normal', 'in_sun', 'shade', 'surface_colour', 'trace', 'render',
-           'far_enough', 'place', 'draw_scene', 'project', 'mask_boxes', 'truth', 'relation', 'pick', 'noun_phrase',
-           'caption', 'captions', 'meanings', 'Named', 'read_noun', 'Description', 'read_caption']
+           'HAZE', 'HALF_WIDTH', 'NEAR', 'FAR', 'UNSEEN', 'SPLITS', 'PAIRS', 'SEEN', 'SEGMENTS', 'Thing', 'Scene',
+           'camera_frame', 'camera_rays', 'hit_sphere', 'hit_slabs', 'hit_cube', 'hit_cylinder', 'rotate', 'unrotate',
+           'Packed', 'pack', 'intersect', 'first_hit', 'local_normal', 'at_hits', 'surface_normal', 'in_sun', 'shade',
+           'surface_colour', 'trace', 'render', 'far_enough', 'place', 'draw_scene', 'project', 'mask_boxes', 'truth']
 
 # %% ../../../nbs/workshop/scenes.ipynb #76d50db9
-import difflib, re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import takewhile
 from math import cos, pi, sin, tan
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,11 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...settings import LDMError
-
-# %% ../../../nbs/workshop/scenes.ipynb #616c82d1
-class SceneError(LDMError):
-    "A scene that cannot be drawn, or a caption that cannot be read."
+from ...errors import LDMError
 
 # %% ../../../nbs/workshop/scenes.ipynb #ce217ad4
 COLOURS = {  # red, green and blue, from 0 to 1
@@ -53,7 +44,7 @@ class Thing:
     def __post_init__(self):
         for name, known in (("shape", SHAPES), ("colour", COLOURS), ("size", SIZES)):
             if (value := getattr(self, name)) not in known:
-                raise SceneError(f"the {name} of a thing cannot be {value!r}; known: {', '.join(known)}")
+                raise LDMError(f"the {name} of a thing cannot be {value!r}; known: {', '.join(known)}")
 
     @property
     def radius(self) -> float:
@@ -86,7 +77,7 @@ def camera_rays(
 ) -> Float[Tensor, "n 3"]:
     "Unit directions through the pixel centres, row by row: (size * size, 3)."
     if size < 1:
-        raise SceneError(f"size should be a number of pixels of at least 1, not {size}")
+        raise LDMError(f"size should be a number of pixels of at least 1, not {size}")
     forward, right, up = camera_frame()
     s = ((torch.arange(size) + 0.5) / size * 2 - 1) * tan(FIELD / 2)
     s_i, s_j = torch.meshgrid(-s, s, indexing="ij")
@@ -313,7 +304,7 @@ def trace(
 def _packs(scenes: Sequence[Scene], chunk: int) -> Iterator[Packed]:
     "The scenes, packed `chunk` at a time."
     if not scenes or chunk < 1:
-        raise SceneError(f"scenes and chunk should be at least one, not {len(scenes)} and {chunk}")
+        raise LDMError(f"scenes and chunk should be at least one, not {len(scenes)} and {chunk}")
     for i in range(0, len(scenes), chunk):
         yield pack(scenes[i:i + chunk])
 
@@ -434,136 +425,3 @@ def truth(
             maps["instances"].append(instances)
             maps["boxes"].append(torch.cat([1.0 + shape[:, None], mask_boxes(instances)], 1))
     return maps | {name: torch.cat(maps[name]) for name in ("segmentation", "depth")}
-
-# %% ../../../nbs/workshop/scenes.ipynb #df9ea75a
-WORDS = {
-    "small": ("small", "small", "little", "tiny"), "large": ("big", "big", "large"),
-    "sphere": ("sphere", "sphere", "ball"), "cube": ("cube", "cube", "box"),
-    "cylinder": ("cylinder", "cylinder", "can"),
-    "left": ("left of", "to the left of"), "right": ("right of", "to the right of"),
-    "front": ("in front of",), "behind": ("behind",),
-}
-_SAID = {word for phrases in WORDS.values() for phrase in phrases for word in phrase.split()}
-VOCABULARY = tuple(sorted(_SAID | set(COLOURS) | {"a", "and", "there", "is"}))
-
-# %% ../../../nbs/workshop/scenes.ipynb #8f080890
-def relation(a: Thing, b: Thing) -> str:
-    "Where `a` stands, seen from `b`: left, right, front or behind."
-    dx, dy = a.x - b.x, a.y - b.y
-    if abs(dx) > abs(dy):
-        return "left" if dx < 0 else "right"
-    return "front" if dy < 0 else "behind"
-
-# %% ../../../nbs/workshop/scenes.ipynb #c8cc39f3
-def pick(rng: np.random.Generator, key: str) -> str:
-    "One of the ways to say `key`."
-    return WORDS[key][rng.integers(len(WORDS[key]))]
-
-
-def noun_phrase(thing: Thing, rng: np.random.Generator) -> str:
-    "Such as: a little red ball."
-    return f"a {pick(rng, thing.size)} {thing.colour} {pick(rng, thing.shape)}"
-
-# %% ../../../nbs/workshop/scenes.ipynb #498cea97
-def caption(scene: Scene, rng: np.random.Generator) -> str:
-    "One of several true descriptions of the scene, over a fixed vocabulary."
-    things = [scene.things[i] for i in rng.permutation(len(scene.things))]
-    first, *rest = things
-    nouns = [noun_phrase(thing, rng) for thing in things]
-    told = rng.random() < 0.8  # are the positions told?
-    links = [pick(rng, relation(first, thing)) for thing in rest] if told else ["and"] * len(rest)
-    text = nouns[0]
-    for i, (link, noun) in enumerate(zip(links, nouns[1:])):
-        text += f" and {link} {noun}" if told and i else f" {link} {noun}"
-    return f"there is {text}" if rng.random() < 0.15 else text
-
-# %% ../../../nbs/workshop/scenes.ipynb #b9ce7088
-def captions(
-    scene: Scene,
-    rng: np.random.Generator,
-    n: int = 5,  # how many
-) -> list[str]:
-    "Several descriptions of a scene, each drawn anew; the first is the one that `caption` would give."
-    return [caption(scene, rng) for _ in range(n)]
-
-# %% ../../../nbs/workshop/scenes.ipynb #36a34f70
-MEANINGS = {said: key for key, phrases in WORDS.items() for said in phrases}  # what a phrase means
-MEANINGS |= {word: word for word in (*COLOURS, "a", "and", "there is")}
-_PHRASES = re.compile("|".join(rf"\b{said}\b" for said in sorted(MEANINGS, key=len, reverse=True)) + r"|\S+")
-
-
-def meanings(text: str) -> list[str]:
-    "A caption phrase by phrase, each replaced by what it means; SceneError for words that mean nothing."
-    found = _PHRASES.findall(re.sub(r"[\W_]+", " ", text.lower()))
-    for said in found:
-        if said not in MEANINGS:
-            near = [phrase for phrase in MEANINGS if said in phrase.split()]
-            near = near or difflib.get_close_matches(said, MEANINGS, 4, cutoff=0.6)
-            closest = ", ".join(near) or f"none; shapes: {', '.join(SHAPES)}; colours: {', '.join(COLOURS)}"
-            raise SceneError(f"caption: {said!r} means nothing here, in {text!r}; closest: {closest}")
-    return [MEANINGS[said] for said in found]
-
-# %% ../../../nbs/workshop/scenes.ipynb #6aa739c9
-class Named(NamedTuple):
-    "A thing as words name it."
-    size: str  # one of SIZES
-    colour: str  # one of COLOURS
-    shape: str  # one of SHAPES
-
-
-def read_noun(
-    words: Sequence[str],  # meanings, such as ["a", "small", "red", "sphere"]; the "a" may be missing
-) -> Named:
-    "The thing that a noun phrase names; SceneError where its size, colour or shape is missing or there twice."
-    parts, kinds = words[words[:1] == ["a"]:], {"size": SIZES, "colour": COLOURS, "shape": SHAPES}
-    found = {kind: [word for word in parts if word in known] for kind, known in kinds.items()}
-    if missing := [f"{kind} ({', '.join(kinds[kind])})" for kind in kinds if not found[kind]]:
-        raise SceneError(f"caption: {' '.join(words)!r} should also have a {' and a '.join(missing)}")
-    if len(parts) > len(kinds):
-        raise SceneError(f"caption: {' '.join(words)!r} should have one size, one colour, one shape, and nothing else")
-    return Named(*(word for words in found.values() for word in words))
-
-# %% ../../../nbs/workshop/scenes.ipynb #622e303b
-RELATIONS = ("left", "right", "front", "behind")
-
-
-@dataclass(frozen=True)
-class Description:
-    "What a caption says."
-    things: tuple[Named, ...]  # in the order in which they are named
-    relations: tuple[tuple[int, str, int], ...]  # (i, relation, j): thing i stands left, ... of thing j
-
-# %% ../../../nbs/workshop/scenes.ipynb #5f932eaa
-def _pieces(text: str) -> list[tuple[list[str], list[str]]]:
-    "For every thing in a caption, the words that link it to what came before, and its noun phrase."
-    words, pieces = meanings(text), []
-    while words:
-        links = list(takewhile(lambda word: word in (*RELATIONS, "and", "there is"), words))
-        end = next((i for i, word in enumerate(words) if word in SHAPES), None)
-        if end is None:
-            raise SceneError(f"caption: {text!r} should end with a shape: {', '.join(SHAPES)}")
-        pieces.append((links, words[len(links):end + 1]))
-        words = words[end + 1:]
-    if not pieces or pieces[0][0] not in ([], ["there is"]):
-        raise SceneError(f"caption: {text!r} should begin with a thing, such as 'a small red ball'")
-    return pieces
-
-# %% ../../../nbs/workshop/scenes.ipynb #a84bc6c4
-def read_caption(text: str) -> Description:
-    "The things that a caption names and how they stand: `caption` backwards. SceneError where it cannot be read."
-    (_, noun), *rest = _pieces(text)
-    things, relations, subject = [read_noun(noun)], [], 0
-    for here, (links, noun) in enumerate(rest, 1):
-        things.append(read_noun(noun))
-        if links in (["and"], ["and", "there is"]):
-            subject = here
-        elif not links or links[-1] not in RELATIONS or links[:-1] not in ([], ["and"]):
-            found = f"not {' '.join(links)!r}" if links else "and there is nothing"
-            raise SceneError(f"caption: two things should be linked by 'and' or by a relation, {found}, in {text!r}")
-        elif links[0] != "and" and subject != here - 1:
-            first, last, stands = " ".join(things[subject]), " ".join(things[here - 1]), WORDS[links[-1]][0]
-            raise SceneError(f"caption: which thing is {stands} the third, the {first} or the {last}? "
-                             f"'and {stands}' would mean the first, in {text!r}")
-        else:
-            relations.append((subject, links[-1], here))
-    return Description(tuple(things), tuple(relations))

@@ -1,0 +1,116 @@
+"""Data sets that are drawn when they are asked for: `ToyCOCO` and `ToyCelebA`."""
+
+import numpy as np
+import torch
+from collections.abc import Sequence
+from torch.utils.data import Dataset
+from typing import ClassVar
+from ldm_edu.data.batches import _check_keys, _check_size, _check_split
+from ldm_edu.data.toy.captions import captions
+from ldm_edu.data.toy.faces import FACE_ATTRIBUTES, FACE_SEGMENTS, Face, draw_face, face_truth, render_faces
+from ldm_edu.data.toy.scenes import SPLITS, Scene, draw_scene, render, truth
+from ldm_edu.errors import DataError
+
+DRAWING_VERSION = 1  # goes up whenever a sample is drawn or read in another way than before
+
+
+class Drawn(Dataset):
+    "Samples that are drawn when asked for, the same for the same (seed, split, index)."
+
+    splits: ClassVar[tuple[str, ...]] = ()
+    known_keys: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, split: str, size: int, length: int, seed: int, keys: Sequence[str]):
+        _check_split(split, self.splits)
+        _check_size(size)
+        if length < 0 or seed < 0:
+            raise DataError(f"length and seed should not be negative: {length=}, {seed=}")
+        self.split, self.size, self.length, self.seed = split, size, length, seed
+        self.keys = _check_keys(keys, self.known_keys)
+
+    def __len__(self) -> int:
+        return self.length
+
+    def identity(self) -> dict:
+        "What decides the samples."
+        return {"data": type(self).__name__, "version": DRAWING_VERSION, "split": self.split, "size": self.size,
+                "seed": self.seed, "keys": list(self.keys)}
+
+    def rng(self, index: int) -> np.random.Generator:
+        "The random stream that sample `index` is drawn from."
+        if not 0 <= index < self.length:
+            raise IndexError(f"index {index}: there are samples 0 to {self.length - 1}")
+        return np.random.default_rng([self.seed, self.splits.index(self.split), index])
+
+    def __getitem__(self, index: int) -> dict:
+        return self.__getitems__([index])[0]
+
+
+class ToyCOCO(Drawn):
+    "Scenes of one to three things on a floor, described in sentences and known to the last pixel."
+
+    splits = SPLITS
+    truths = ("segmentation", "depth", "boxes", "instances")  # see `scenes.truth`
+    known_keys = ("image", "caption", "captions", *truths)
+
+    def __init__(
+        self,
+        split: str = "train",  # "train", "validation", "test", or "unseen": pairs of colour and shape not in train
+        size: int = 64,  # pixels along each side
+        length: int = 50_000,  # how many samples
+        seed: int = 0,  # another seed, another data set
+        keys: Sequence[str] = ("image", "caption"),  # some of `known_keys`; `caption` is the first of `captions`
+    ):
+        super().__init__(split, size, length, seed, keys)
+
+    def _draw(self, index: int, n: int) -> tuple[Scene, list[str]]:
+        rng = self.rng(index)
+        scene = draw_scene(rng, unseen=self.split == "unseen")
+        return scene, captions(scene, rng, n)
+
+    def describe(self, index: int) -> tuple[Scene, list[str]]:
+        "The scene at `index` and its five captions."
+        return self._draw(index, 5)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        said = {"caption": 1, "captions": 5}
+        n = max(said.get(key, 0) for key in self.keys)
+        scenes, texts = zip(*(self._draw(int(index), n) for index in indices))
+        parts = {"captions": texts, "caption": [text[0] for text in texts if text]}
+        if "image" in self.keys:
+            parts["image"] = render(scenes, self.size)
+        if set(self.truths) & set(self.keys):
+            parts |= truth(scenes, self.size)
+        return [{key: parts[key][i] for key in self.keys} for i in range(len(scenes))]
+
+
+class ToyCelebA(Drawn):
+    "Drawn faces, with attributes that are true of the picture."
+
+    splits = ("train", "validation", "test")
+    known_keys = ("image", "attributes", "segmentation")
+    attribute_names = list(FACE_ATTRIBUTES)
+    segment_names = FACE_SEGMENTS
+
+    def __init__(
+        self,
+        split: str = "train",  # "train", "validation" or "test"
+        size: int = 64,  # pixels along each side
+        length: int = 50_000,  # how many samples
+        seed: int = 0,  # another seed, other faces
+        keys: Sequence[str] = ("image", "attributes"),  # some of `known_keys`
+    ):
+        super().__init__(split, size, length, seed, keys)
+
+    def describe(self, index: int) -> Face:
+        "The face at `index`."
+        return draw_face(self.rng(index))
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        faces = [self.describe(int(index)) for index in indices]
+        parts = {"attributes": torch.tensor([face.attributes for face in faces], dtype=torch.float32)}
+        if "image" in self.keys:
+            parts["image"] = render_faces(faces, self.size)
+        if "segmentation" in self.keys:
+            parts |= face_truth(faces, self.size)
+        return [{key: parts[key][i] for key in self.keys} for i in range(len(faces))]

@@ -1,0 +1,74 @@
+"""How well a first stage gives pictures back."""
+
+import torch
+from collections.abc import Callable
+from dataclasses import dataclass
+from jaxtyping import Float
+from torch import Tensor
+from ldm_edu.basics import progress
+from ldm_edu.errors import LDMError
+from ldm_edu.evaluation.metrics import psnr, ssim
+from ldm_edu.first_stage.autoencoder import FirstStage
+from ldm_edu.first_stage.quantization import AutoencoderVQ, Usage, codebook_usage
+
+@dataclass(frozen=True)
+class Mean:
+    "A mean over pictures, with its standard error."
+
+    value: float
+    error: float
+    digits: int = 2  # in print
+
+    @classmethod
+    def of(cls, values: Float[Tensor, "n"], digits: int = 2) -> "Mean":
+        "The mean of these."
+        return cls(values.mean().item(), values.std().item() / len(values) ** 0.5, digits)
+
+    def __str__(self) -> str:
+        return f"{self.value:.{self.digits}f} ± {self.error:.{self.digits}f}"
+
+
+@dataclass(frozen=True)
+class ReconstructionScores:
+    "What comes back of pictures."
+
+    pictures: int  # how many
+    psnr: Mean  # dB
+    ssim: Mean
+    distance: Mean  # perceptual, lower is better
+    fewer: float  # how many times fewer numbers a latent has, 3f²/c
+    usage: Usage | None  # of the codebook, where there is one
+
+    def rows(self) -> dict[str, str]:
+        "As words and numbers."
+        rows = {"PSNR in dB": str(self.psnr), "SSIM": str(self.ssim), "perceptual distance": str(self.distance),
+                "times fewer numbers": f"{self.fewer:g}"}  # fmt: skip
+        if self.usage:
+            rows["entries used"] = f"{self.usage.used} of {self.usage.codes}, perplexity {self.usage.perplexity:.0f}"
+        return rows
+
+    def __str__(self) -> str:
+        return "\n".join(f"{name:28s} {value}" for name, value in self.rows().items())
+
+
+@torch.no_grad()
+def score_first_stage(
+    first_stage: FirstStage,
+    images: Float[Tensor, "n 3 h w"],  # pictures that it has not seen, in [−1, 1]
+    perceptual: Callable[[Tensor, Tensor], Tensor],  # a distance (b,), such as LPIPS
+    chunk: int = 64,  # pictures at once
+) -> ReconstructionScores:
+    "PSNR, SSIM and a perceptual distance between pictures and what comes back of them (as in table 8)."
+    if len(images) < 2:
+        raise LDMError(f"images: {len(images)} are too few for a mean with an error; give at least 2")
+    values, indices = [], []
+    for x in progress(images.split(chunk), "reconstructing"):
+        z = first_stage.encode(x)
+        back = first_stage.decode(z).clamp(-1, 1)
+        values.append(torch.stack([psnr(back, x), ssim(back, x), perceptual(back, x).flatten()]))
+        if isinstance(first_stage, AutoencoderVQ):
+            indices.append(first_stage.quantize(z).indices)
+    decibels, similar, far = torch.cat(values, 1)
+    usage = codebook_usage(torch.cat(indices), first_stage.quantize.embedding.num_embeddings) if indices else None
+    fewer = images[0].numel() / first_stage.encode(images[:1]).numel()
+    return ReconstructionScores(len(images), Mean.of(decibels), Mean.of(similar, 3), Mean.of(far, 3), fewer, usage)

@@ -1,0 +1,64 @@
+"""The latents of a data set, encoded once and kept."""
+
+import hashlib
+import json
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from pathlib import Path
+from torch import Tensor, nn
+from ldm_edu.basics import progress
+from ldm_edu.checkpoints import load_notes, load_tensors, save_tensors
+from ldm_edu.data.cache import ImageCache
+from ldm_edu.errors import CheckpointError
+from ldm_edu.first_stage.autoencoder import FirstStage
+from ldm_edu.training.run import writing
+
+@torch.no_grad()
+def encode_all(
+    first_stage: FirstStage,
+    pictures: ImageCache,
+    accelerator: Accelerator,
+    n: int | None = None,  # the first n pictures; None: all
+) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
+    "Mean and log-variance of pictures' latents, not rescaled (CPU)."
+    parts, n = [], len(pictures) if n is None else n
+    for start in progress(range(0, n, 64), "encoding"):
+        x = pictures.images(range(start, min(start + 64, n))).to(accelerator.device, accelerator.dtype)
+        with accelerator.autocast():
+            posterior = first_stage.posterior(x)
+        parts.append((posterior.mean.float().cpu(), posterior.logvar.float().cpu()))
+    means, logvars = zip(*parts)
+    return torch.cat(means), torch.cat(logvars)
+
+
+def fingerprint(module: nn.Module) -> str:
+    "A checksum of a module's weights."
+    total = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        total.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()[:16]
+
+
+def cached_latents(
+    path: Path,
+    first_stage: FirstStage,
+    pictures: ImageCache,
+    accelerator: Accelerator,
+    n: int | None = None,  # the first n pictures; None: all
+) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
+    "What `encode_all` gives, from the file `path` where it fits weights and pictures; else made, and written there."
+    n = len(pictures) if n is None else n
+    notes = {"first_stage": fingerprint(first_stage), "pictures": json.dumps(pictures.identity()), "n": str(n)}
+    try:
+        if load_notes(path) == notes:
+            tensors = load_tensors(path)
+            return tensors["mean"], tensors["logvar"]
+    except CheckpointError:  # missing or damaged: it can be made again
+        pass
+    mean, logvar = encode_all(first_stage, pictures, accelerator, n)
+    if accelerator.is_main_process:
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        save_tensors({"mean": mean, "logvar": logvar}, path, notes=notes)
+    return mean, logvar
