@@ -1,9 +1,9 @@
-"""Bring the recipes in the configs of shipped checkpoints to what `RECIPES` says now; weights are not touched.
+"""Bring the configs of shipped checkpoints to today's names; weights are not touched.
 
     python .ci/rewrite_configs.py
 
-A config keeps the recipe that its network was trained with. Where a recipe's `about` changes (a page has another
-name, say), the copies have to follow. Anything else that differs is a mistake and ends the script.
+A config keeps the recipe that its network was trained with. Where the names of arguments, of the provenance's entries
+or a recipe's `about` change, the copies have to follow. Anything else that differs is a mistake and ends the script.
 """
 
 import json
@@ -13,16 +13,25 @@ from pathlib import Path
 from ldm_edu.checkpoints import PRETRAINED, load_json, save_json
 from ldm_edu.training.recipes import RECIPES, recipe_from_dict, recipe_to_dict
 
+NAMES = {"made": "provenance", "codes": "num_codes"}  # of a config's entries
+SCORES = {"unseen": "held_out"}  # of a provenance's entries: a loss
+
 
 def rewritten(config: dict, path: Path) -> dict:
-    """The config with its recipe as it is now."""
-    provenance = config.get("made") or {}
-    if "recipe" not in provenance:
+    """The config under today's names, with its recipe as `RECIPES` has it."""
+    config = {NAMES.get(name, name): value for name, value in config.items()}
+    if (provenance := config.get("provenance")) is None:
         return config
-    then = recipe_from_dict(provenance["recipe"])
-    now = RECIPES[then.name]
-    assert replace(then, about=now.about) == now, f"{path}: its recipe is not what it was trained with"
-    return {**config, "made": {**provenance, "recipe": json.loads(json.dumps(recipe_to_dict(now)))}}
+    provenance = {SCORES.get(name, name): value for name, value in provenance.items()}
+    for stage in ("first_stage", "diffusion"):
+        if stage in provenance:
+            provenance[stage] = {SCORES.get(name, name): value for name, value in provenance[stage].items()}
+    if "recipe" in provenance:
+        then = recipe_from_dict(provenance["recipe"])
+        now = RECIPES[then.name]
+        assert replace(then, about=now.about) == now, f"{path}: its recipe is not what it was trained with"
+        provenance["recipe"] = json.loads(json.dumps(recipe_to_dict(now)))
+    return config | {"provenance": provenance}
 
 
 if __name__ == "__main__":

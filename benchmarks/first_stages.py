@@ -3,7 +3,7 @@
     python benchmarks/first_stages.py --data-dir DATA --weights-dir WEIGHTS --steps 1200
 
 DATA holds CelebA (or any subset of its files) in a folder celeba/, WEIGHTS the backbones of LPIPS. Trained are pixels
-and AlexNet's LPIPS; judged are pictures that no stage has seen, by PSNR, SSIM and VGG's LPIPS, a network that none was
+and AlexNet's LPIPS; judged are images that no stage has seen, by PSNR, SSIM and VGG's LPIPS, a network that none was
 trained with. Writes ldm_edu/results/first_stages.md. A run that was cut off goes on where it stopped.
 """
 
@@ -38,7 +38,7 @@ def recipe(f: int, regulariser: str, steps: int) -> AutoencoderRecipe:
             multipliers=LEVELS[f],
             latent_channels=CHANNELS[f],
             regulariser=regulariser,
-            codes=1024,
+            num_codes=1024,
             perceptual="lpips-alex",
         ),
     )
@@ -58,8 +58,8 @@ def table(
         f"{made['device']}, {made['precision']}, torch {torch.__version__}.",
         "",
         f"Each stage is trained on {faces:,} faces of CelebA for {training.steps:,} steps of {training.batch_size}, "
-        "with L1, 5 × the squared error and AlexNet's LPIPS (weight 1), without a critic; the regulariser is KL with "
-        f"weight 1e-6, or a codebook of 1,024 entries. All is measured on {scores.pictures} other faces; ± is the "
+        "with L1, 5 × the squared error and AlexNet's LPIPS (weight 1), without a discriminator; the regulariser is KL with "
+        f"weight 1e-6, or a codebook of 1,024 entries. All is measured on {scores.images} other faces; ± is the "
         "standard error of a mean over them. No row was trained twice: what another seed would change is not in it.",
         "",
         "| f | regulariser | latent | numbers | PSNR in dB | SSIM | LPIPS (VGG) | entries used | seconds |",
@@ -67,7 +67,7 @@ def table(
     ]
     for (f, kind), (scores, made) in rows.items():
         c, side = CHANNELS[f], 64 // f
-        used = f"{scores.usage.used} of {scores.usage.codes}" if scores.usage else "–"
+        used = f"{scores.usage.used} of {scores.usage.num_codes}" if scores.usage else "–"
         lines.append(
             f"| {f} | {kind.upper()} | {side}×{side}×{c} | {c * side * side:,} | {scores.psnr} | {scores.ssim} |"
             f" {scores.distance} | {used} | {made['seconds']} |"
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True, help="holds celeba/")
     parser.add_argument("--weights-dir", type=Path, required=True, help="holds the backbones of LPIPS")
     parser.add_argument("--steps", type=int, default=1500, help="of each first stage")
-    parser.add_argument("--pictures", type=int, default=256, help="held-out faces")
+    parser.add_argument("--images", type=int, default=256, help="held-out faces")
     parser.add_argument("--runs", type=Path, default=Path("runs/first_stages"), help="where the runs are kept")
     parser.add_argument("--out", type=Path, default=OUT, help="the table")
     args = parser.parse_args()
@@ -96,10 +96,10 @@ def main() -> None:
                 resume = (folder / "recipe.json").exists()
                 train_autoencoder(
                     recipe(f, kind, args.steps), folder, args.data_dir, args.runs / "cache", args.weights_dir,
-                    resume=resume, say=print, every=250, looks=1,
+                    resume=resume, log_fn=print, every=250, sample_every=0,
                 )  # fmt: skip
             first_stage = load_first_stage(folder / "model")
-            rows[f, kind] = score_first_stage(first_stage, pictures, lpips), first_stage.made
+            rows[f, kind] = score_first_stage(first_stage, pictures, lpips), first_stage.provenance
             print(f"{kind} f = {f}: {rows[f, kind][0]} ({time.monotonic() - began:.0f} s)", flush=True)
     training = recipe(2, "kl", args.steps).first_stage.training
     args.out.write_text(table(rows, training, len(seen)), encoding="utf-8")

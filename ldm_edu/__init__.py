@@ -22,13 +22,14 @@ from ldm_edu.evaluation.features import ToyFeatures
 from ldm_edu.evaluation.metrics import LPIPS, psnr, ssim
 from ldm_edu.first_stage.published import load_published, save_diffusers
 from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage, VectorQuantizer, load_first_stage
+from ldm_edu.training.dispatch import train
 from ldm_edu.training.recipes import RECIPES, Recipe, find_recipe
 from ldm_edu.diffusion.sampling import SeededNoise, Step, ddim, ddpm
 from ldm_edu.basics import pick_device
 from ldm_edu.errors import CheckpointError, LDMError
 from ldm_edu.settings import load_settings
 from ldm_edu.first_stage.tiling import decode_tiled, encode_tiled
-from ldm_edu.training.stages import train, train_autoencoder
+from ldm_edu.training.stages import train_autoencoder
 from ldm_edu.denoiser.unet import UNet
 
 __all__ = [

@@ -140,9 +140,13 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
+_OLD_NAMES = {"made": "provenance", "codes": "num_codes"}  # arguments as version 0.1.0 wrote them into config.json
+
+
 def _arguments(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
     "`config` as arguments of `cls`, with tuples where `cls` does not ask for a list."
     wanted = inspect.signature(cls.__init__).parameters
+    config = {_OLD_NAMES.get(name, name) if name not in wanted else name: value for name, value in config.items()}
     if unknown := [name for name in config if name not in wanted]:
         raise CheckpointError(f"{cls.__name__} has no argument {', '.join(unknown)}")
     lists = {name for name in config if "list" in str(wanted[name].annotation).lower()}

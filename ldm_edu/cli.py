@@ -26,7 +26,7 @@ from ldm_edu.evaluation.reconstruction import score_first_stage
 from ldm_edu.first_stage.quantization import load_first_stage
 from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.settings import load_settings
-from ldm_edu.training.dispatch import cook
+from ldm_edu.training.dispatch import train as train_recipe
 from ldm_edu.training.recipes import RECIPES, Recipe, find_recipe
 
 """`ldm-edu`: the demo, recipes, training and sampling without a notebook"""
@@ -54,7 +54,7 @@ def about() -> None:
 
 
 Device = Annotated[str | None, typer.Option(help="auto, cuda, mps or cpu; default: settings.ini")]
-Out = Annotated[Path, typer.Option(help="where the picture goes")]
+Out = Annotated[Path, typer.Option(help="where the image goes")]
 
 
 def chosen_device(name: str | None) -> torch.device:
@@ -65,7 +65,7 @@ def chosen_device(name: str | None) -> torch.device:
 def writable(out: Path) -> Path:
     "`out`, its folder made; `LDMError` where it is no PNG."
     if out.suffix.lower() != ".png":
-        raise LDMError(f"--out {out}: pictures are saved as PNG, so the name should end in .png")
+        raise LDMError(f"--out {out}: images are saved as PNG, so the name should end in .png")
     out.parent.mkdir(parents=True, exist_ok=True)
     return out
 
@@ -83,22 +83,22 @@ def sample(
         list[str] | None, typer.Argument(help="captions, each in quotes; none for a model without text")
     ] = None,
     model: Annotated[str, typer.Option(help="a shipped checkpoint, or a folder")] = "toy-text2image",
-    n: Annotated[int | None, typer.Option(help="how many pictures of one caption, or without captions")] = None,
+    n: Annotated[int | None, typer.Option(help="how many images of one caption, or without captions")] = None,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
     scale: Annotated[float, typer.Option(help="guidance scale; 1 is unguided")] = 3.0,
-    seed: Annotated[int, typer.Option(help="the first picture's seed; the next ones count up")] = 0,
+    seed: Annotated[int, typer.Option(help="the first image's seed; the next ones count up")] = 0,
     sampler: Annotated[str, typer.Option(help="ddim or ddpm")] = "ddim",
     device: Device = None,
     out: Out = Path("sample.png"),
 ) -> None:
-    "Draw captions with a trained model and save the pictures as one PNG."
+    "Draw captions with a trained model and save the images as one PNG."
     out, diffusion = writable(out), LatentDiffusion.from_pretrained(model).to(chosen_device(device))
     prompts = prompts or None
     if prompts is not None and len(prompts) == 1:
         prompts = prompts[0]
     images = diffusion.sample(prompts, n, steps, scale, seed, sampler, show_progress=True)
     save(images[0] if len(images) == 1 else grid(images), out)
-    typer.echo(f"{len(images)} picture{'s' * (len(images) > 1)} in {out}")
+    typer.echo(f"{len(images)} image{'s' * (len(images) > 1)} in {out}")
 
 
 def consent(name: str, data_dir: Path, yes: bool) -> None:
@@ -118,7 +118,7 @@ def consent(name: str, data_dir: Path, yes: bool) -> None:
 def data(
     name: Annotated[str, typer.Argument(help="celeba or coco")],
     data_dir: Annotated[Path | None, typer.Option(help="it gets a folder in there; default: settings.ini")] = None,
-    subset: Annotated[int | None, typer.Option(min=1, help="only so many pictures; default: all")] = None,
+    subset: Annotated[int | None, typer.Option(min=1, help="only so many images; default: all")] = None,
     split: Annotated[str, typer.Option(help="coco only: val2017 or train2017")] = "val2017",
     panoptic: Annotated[bool, typer.Option(help="coco only: maps of what each pixel shows, too")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="accept the terms without being asked")] = False,
@@ -143,7 +143,7 @@ def train(
     data_dir: Annotated[Path | None, typer.Option(help="where the data set lies; default: settings.ini")] = None,
     cache_dir: Annotated[
         Path | None,
-        typer.Option(help="where pictures are kept for all runs; default: cache/ in settings.ini's data_dir"),
+        typer.Option(help="where images are kept for all runs; default: cache/ in settings.ini's data_dir"),
     ] = None,
     resume: Annotated[bool, typer.Option(help="go on with the run in that folder")] = False,
     max_steps: Annotated[int | None, typer.Option(min=1, help="at most so many steps in each stage")] = None,
@@ -170,9 +170,9 @@ def train(
     terminal = sys.stderr.isatty()
     began = time.monotonic()
     try:
-        cook(
+        train_recipe(
             chosen, out, data_dir or settings.data_dir, cache_dir=cache_dir or settings.data_dir / "cache",
-            weights_dir=settings.weights_dir, resume=resume, every=every, say=None if terminal else typer.echo, **how,
+            weights_dir=settings.weights_dir, resume=resume, every=every, log_fn=None if terminal else typer.echo, **how,
         )  # fmt: skip
     except KeyboardInterrupt as stopped:
         line = shlex.join([*again(sys.argv[1:]), "--resume"])
@@ -191,7 +191,7 @@ def again(words: list[str]) -> list[str]:
 def evaluate(
     model: Annotated[str, typer.Argument(help="a shipped checkpoint, or a folder")] = "toy-text2image",
     n: Annotated[int, typer.Option(min=1, help="how many captions")] = 512,
-    split: Annotated[str, typer.Option(help="of which split: validation, test or unseen")] = "test",
+    split: Annotated[str, typer.Option(help="of which split: validation, test or unseen_pairs")] = "test",
     scale: Annotated[float, typer.Option(help="guidance scale")] = 3.0,
     choose: Annotated[
         bool, typer.Option(help="choose the scale on the validation split first, on half as many captions")
@@ -218,7 +218,7 @@ def evaluate(
         path = Path(model) / "config.json"
         config = load_json(path)
         scores = {"scale": scale, "steps": steps, "validation": {str(k): v.prompts.share for k, v in tried.items()}}
-        config["made"] = (config.get("made") or {}) | {"scores": scores | {split: score.rows()}}
+        config["provenance"] = (config.get("provenance") or {}) | {"scores": scores | {split: score.rows()}}
         save_json(config, path)
 
 
@@ -229,13 +229,13 @@ def reconstruct(
     ] = "toy-kl-f4",
     dataset: Annotated[str, typer.Option(help="toy, toy-faces, celeba, coco or folder")] = "toy",
     data_dir: Annotated[Path | None, typer.Option(help="where the data set lies; default: settings.ini")] = None,
-    split: Annotated[str, typer.Option(help="of which split: validation or test, of toy scenes also unseen")] = "test",
-    n: Annotated[int, typer.Option(min=2, help="how many pictures")] = 256,
+    split: Annotated[str, typer.Option(help="of which split: validation or test, of toy scenes also unseen_pairs")] = "test",
+    n: Annotated[int, typer.Option(min=2, help="how many images")] = 256,
     size: Annotated[int, typer.Option(min=1, help="height and width")] = 64,
     device: Device = None,
-    out: Annotated[Path | None, typer.Option(help="where a picture of eight of them goes, if wanted")] = None,
+    out: Annotated[Path | None, typer.Option(help="where an image of eight of them goes, if wanted")] = None,
 ) -> None:
-    "Say what a first stage gives back of pictures that it has not seen."
+    "Say what a first stage gives back of images that it has not seen."
     settings, where = load_settings(), chosen_device(device)
     first_stage, out = load_first_stage(model).to(where), out and writable(out)
     data = open_dataset(dataset, data_dir or settings.data_dir, split, size)
@@ -245,7 +245,7 @@ def reconstruct(
     except LDMError:
         distance, name = ToyFeatures.from_pretrained("toy-features").to(where).distance, "ToyFeatures"
     scores = score_first_stage(first_stage, images, distance)
-    typer.echo(f"{dataset}, {split}, {scores.pictures} pictures of {size}², perceptual distance: {name}\n{scores}")
+    typer.echo(f"{dataset}, {split}, {scores.images} images of {size}², perceptual distance: {name}\n{scores}")
     with torch.no_grad():
         back = torch.cat([first_stage.reconstruct(some) for some in images.split(64)])
     if (dataset, size) == ("toy", 64):  # what the judge was trained for
@@ -255,7 +255,7 @@ def reconstruct(
         typer.echo(f"{'read without an error':28s} {after} (before: {before})")
     if out:
         save(grid(torch.cat([images[:8], back[:8]]), columns=min(8, len(images))), out)
-        typer.echo(f"pictures above, what came back below: {out}")
+        typer.echo(f"images above, what came back below: {out}")
 
 
 @app.command()
@@ -279,12 +279,12 @@ SCALES = (1.0, 2.0, 4.0, 8.0)
 
 
 def demo_figure(
-    shipped: dict[float, Float[Tensor, "b 3 h w"]],  # guidance scale to pictures, one for each caption
-    scratch: Float[Tensor, "b 3 h2 w2"],  # the small model's pictures
-    title: str,  # above the small model's pictures
+    shipped: dict[float, Float[Tensor, "b 3 h w"]],  # guidance scale to images, one for each caption
+    scratch: Float[Tensor, "b 3 h2 w2"],  # the small model's images
+    title: str,  # above the small model's images
     out: Path,
 ) -> None:
-    "Captions down, guidance scales across, the small model's pictures in the last column; saved as `out`."
+    "Captions down, guidance scales across, the small model's images in the last column; saved as `out`."
     from matplotlib.figure import Figure
 
     columns = {f"scale {scale:g}": images for scale, images in shipped.items()} | {title: scratch}
@@ -303,10 +303,10 @@ def demo_figure(
 def demo(
     out: Out = Path("demo.png"),
     device: Device = None,
-    steps: Annotated[int, typer.Option(help="denoising steps of each picture")] = 50,
+    steps: Annotated[int, typer.Option(help="denoising steps of each image")] = 50,
     train_steps: Annotated[int | None, typer.Option(min=1, help="at most so many training steps in each stage")] = None,
 ) -> None:
-    "Draw with the shipped model, train a small one from nothing in a minute or two, and put both in a picture."
+    "Draw with the shipped model, train a small one from nothing in a minute or two, and put both in an image."
     where, out = chosen_device(device), writable(out)
     typer.echo(
         f"1. the shipped model draws {len(CAPTIONS)} captions at guidance scales {', '.join(f'{s:g}' for s in SCALES)}"
@@ -320,7 +320,7 @@ def demo(
     typer.echo("2. a small one is trained from nothing: scenes are drawn, then first stage and UNet learn")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        small = cook(recipe, Path(folder) / "run", device=str(where), looks=0)
+        small = train_recipe(recipe, Path(folder) / "run", device=str(where), sample_every=0)
     seconds = time.monotonic() - began
     scratch = small.to(where).sample(CAPTIONS, steps=steps, scale=3.0, seed=1).cpu()
     demo_figure(drawn, scratch, f"from nothing, {seconds:.0f} s", out)

@@ -19,59 +19,59 @@ from ldm_edu.errors import LDMError
 def to_uint8(
     images: Float[Tensor, "*shape"],  # in [-1, 1]; what lies outside is cut off
 ) -> UInt8[Tensor, "*shape"]:
-    "The bytes 0 to 255 of pictures in [-1, 1]; ValueError for integers and for nan."
+    "The bytes 0 to 255 of images in [-1, 1]; ValueError for integers and for nan."
     if not images.is_floating_point():
         raise LDMError(f"`images` should be float in [-1, 1], not {images.dtype}")
     if images.isnan().any():
-        raise LDMError("`images` holds nan: something has gone wrong before this picture")
+        raise LDMError("`images` holds nan: something has gone wrong before this image")
     return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def _pictures(images: Tensor | Sequence[Tensor], name: str = "images") -> list[Tensor]:
-    "Every picture by itself, (1 or 3, h, w) on the CPU, from one picture, a batch, or a list of them."
+def _as_list(images: Tensor | Sequence[Tensor], name: str = "images") -> list[Tensor]:
+    "Every image by itself, (1 or 3, h, w) on the CPU, from one image, a batch, or a list of them."
     batch = images[None] if isinstance(images, Tensor) and images.ndim == 3 else images
-    pictures = [picture.detach().cpu() for picture in batch]
-    for picture in pictures:
-        if picture.ndim != 3 or picture.shape[0] not in (1, 3) or not picture.numel():
-            shape = tuple(images.shape) if isinstance(images, Tensor) else f"a list with {tuple(picture.shape)}"
+    tensors = [image.detach().cpu() for image in batch]
+    for image in tensors:
+        if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.numel():
+            shape = tuple(images.shape) if isinstance(images, Tensor) else f"a list with {tuple(image.shape)}"
             raise LDMError(f"`{name}` should be (b, c, h, w) or (c, h, w) with 1 or 3 channels, not {shape}")
-        if not picture.is_floating_point():
-            raise LDMError(f"`{name}` should be float in [-1, 1], not {picture.dtype}")
-    if not pictures:
+        if not image.is_floating_point():
+            raise LDMError(f"`{name}` should be float in [-1, 1], not {image.dtype}")
+    if not tensors:
         raise LDMError(f"`{name}` is empty: there is nothing to show")
-    return pictures
+    return tensors
 
 
 def to_pil(
     image: Tensor,  # (c, h, w) or (1, c, h, w) in [-1, 1]; c = 1 or 3
 ):  # -> PIL.Image.Image
-    "The picture as PIL knows it: bytes, with the colours last."
+    "The image as PIL knows it: bytes, with the colours last."
     from PIL import Image
 
-    pictures = _pictures(image, "image")
-    if len(pictures) > 1:
-        raise LDMError(f"`image` should be one picture, not {len(pictures)}; `grid` makes one of many")
-    pixels = to_uint8(pictures[0]).permute(1, 2, 0)  # (c, h, w) -> (h, w, c)
+    tensors = _as_list(image, "image")
+    if len(tensors) > 1:
+        raise LDMError(f"`image` should be one image, not {len(tensors)}; `grid` makes one of many")
+    pixels = to_uint8(tensors[0]).permute(1, 2, 0)  # (c, h, w) -> (h, w, c)
     return Image.fromarray(pixels.squeeze(2).numpy())
 
 
 def grid(
     images: Tensor | Sequence[Tensor],  # (b, c, h, w) in [-1, 1], all of one size
-    columns: int | None = None,  # pictures a row; default: up to 8
+    columns: int | None = None,  # images a row; default: up to 8
     pad: int = 2,  # white pixels between and around
 ) -> Float[Tensor, "3 H W"]:
-    "One picture of many, row by row."
-    pictures = _pictures(images)
-    if len(sizes := {tuple(picture.shape[1:]) for picture in pictures}) > 1:
+    "One image of many, row by row."
+    tensors = _as_list(images)
+    if len(sizes := {tuple(image.shape[1:]) for image in tensors}) > 1:
         raise LDMError(f"`images` should be of one size, not {sorted(sizes)}")
     h, w = sizes.pop()
-    columns = min(columns or 8, len(pictures))
-    rows = math.ceil(len(pictures) / columns)
+    columns = min(columns or 8, len(tensors))
+    rows = math.ceil(len(tensors) / columns)
     sheet = torch.ones(3, pad + rows * (h + pad), pad + columns * (w + pad))
-    for i, picture in enumerate(pictures):
+    for i, image in enumerate(tensors):
         row, column = divmod(i, columns)
         top, left = pad + row * (h + pad), pad + column * (w + pad)
-        sheet[:, top : top + h, left : left + w] = picture
+        sheet[:, top : top + h, left : left + w] = image
     return sheet
 
 
@@ -94,13 +94,13 @@ def _wrap(text: Any, inches: float) -> str:
 
 
 def _panel(
-    rows: list[list[Tensor]],  # pictures
-    titles: list[list[Any]],  # one above each picture; "" for none
+    rows: list[list[Tensor]],  # images
+    titles: list[list[Any]],  # one above each image; "" for none
     labels: list[str],  # one left of each row; "" for none
-    scale: float | int | None,  # inches a picture
+    scale: float | int | None,  # inches an image
     suptitle: str | None,
 ) -> None:
-    "Draw rows of pictures as one figure."
+    "Draw rows of images as one figure."
     import matplotlib.pyplot as plt
 
     columns = max(map(len, rows))
@@ -136,33 +136,33 @@ def _titles(titles: Sequence[Any] | None, n: int, of: str) -> list[Any]:
 
 
 def show(
-    images: Tensor | Sequence[Tensor],  # (b, c, h, w), (c, h, w) or a list of pictures of any sizes, in [-1, 1]
-    titles: Sequence[Any] | None = None,  # one above each picture
-    columns: int | None = None,  # pictures a row; default: up to 8
-    scale: float | int | None = None,  # inches a picture; default: what fits
+    images: Tensor | Sequence[Tensor],  # (b, c, h, w), (c, h, w) or a list of images of any sizes, in [-1, 1]
+    titles: Sequence[Any] | None = None,  # one above each image
+    columns: int | None = None,  # images a row; default: up to 8
+    scale: float | int | None = None,  # inches an image; default: what fits
     suptitle: str | None = None,  # one line above all
 ) -> None:
-    "Draw pictures side by side."
-    pictures = _pictures(images)
-    titles = _titles(titles, len(pictures), "picture")
-    starts = range(0, len(pictures), columns or 8)
-    rows, above = ([many[i : i + (columns or 8)] for i in starts] for many in (pictures, titles))
+    "Draw images side by side."
+    tensors = _as_list(images)
+    titles = _titles(titles, len(tensors), "image")
+    starts = range(0, len(tensors), columns or 8)
+    rows, above = ([many[i : i + (columns or 8)] for i in starts] for many in (tensors, titles))
     _panel(rows, above, [""] * len(rows), scale, suptitle)
 
 
 def show_rows(
-    rows: Mapping[str, Tensor | Sequence[Tensor]],  # label -> pictures; rows may differ in length and size
+    rows: Mapping[str, Tensor | Sequence[Tensor]],  # label -> images; rows may differ in length and size
     titles: Sequence[Any] | None = None,  # one above each column
-    scale: float | int | None = None,  # inches a picture; default: what fits
+    scale: float | int | None = None,  # inches an image; default: what fits
     suptitle: str | None = None,  # one line above all
 ) -> None:
-    "Draw labelled rows of pictures under one another."
-    pictures = [_pictures(images, f"rows['{label}']") for label, images in rows.items()]
-    if not pictures:
+    "Draw labelled rows of images under one another."
+    tensors = [_as_list(images, f"rows['{label}']") for label, images in rows.items()]
+    if not tensors:
         raise LDMError("`rows` is empty: there is nothing to show")
-    columns = max(map(len, pictures))
+    columns = max(map(len, tensors))
     above = [_titles(titles, columns, "column")] + [[""] * columns] * (len(rows) - 1)
-    _panel(pictures, above, list(rows), scale, suptitle)
+    _panel(tensors, above, list(rows), scale, suptitle)
 
 
 def running_mean(
@@ -264,7 +264,7 @@ def _defaults(fn: Callable, sliders: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _along(fn: Callable, sliders: Mapping[str, Any], starts: Mapping[str, Any]) -> None:
-    "`explore` on paper: one row of pictures for each slider, the others left where they start."
+    "`explore` on paper: one row of images for each slider, the others left where they start."
     first = fn(**starts)
     if not isinstance(first, Tensor):  # it has drawn for itself
         return
@@ -292,7 +292,7 @@ def _control(name: str, slider: Any, start: Any):
 
 
 def explore(
-    fn: Callable[..., Tensor | None],  # returns pictures, (c, h, w) or (b, c, h, w); or None, if it draws for itself
+    fn: Callable[..., Tensor | None],  # returns images, (c, h, w) or (b, c, h, w); or None, if it draws for itself
     /,
     **sliders: Any,  # argument = (low, high), (low, high, step), [choices] or True/False
 ) -> None:
@@ -313,16 +313,16 @@ def explore(
 
 
 def save(
-    images: Tensor | Sequence[Tensor],  # one picture, or several, which become a grid
+    images: Tensor | Sequence[Tensor],  # one image, or several, which become a grid
     path: str | Path,  # its ending names the format: .png, .jpg
 ) -> None:
-    "Write pictures to a file, whole or not at all; folders are made."
+    "Write images to a file, whole or not at all; folders are made."
     from PIL import Image
 
-    path, pictures = Path(path), _pictures(images)
+    path, tensors = Path(path), _as_list(images)
     form = Image.registered_extensions().get(path.suffix.lower())
     if form is None:
         raise LDMError(f"`path` should end in .png or .jpg: '{path.name}'")
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
-        to_pil(pictures[0] if len(pictures) == 1 else grid(pictures)).save(temporary, format=form)
+        to_pil(tensors[0] if len(tensors) == 1 else grid(tensors)).save(temporary, format=form)

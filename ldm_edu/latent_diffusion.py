@@ -39,12 +39,12 @@ class LatentDiffusion(nn.Module):
 
     def __init__(
         self,
-        first_stage: FirstStage,  # pictures to latents and back
+        first_stage: FirstStage,  # images to latents and back
         unet: UNet,  # the denoiser
         schedule: NoiseSchedule,  # what the UNet was trained with
         conditioner: TextConditioner | None = None,  # captions to conditions; None: unconditional
-        size: int = 64,  # height and width of the pictures it was trained on
-        made: dict[str, Any] | None = None,  # recipe, steps, seconds, device, scores
+        size: int = 64,  # height and width of the images it was trained on
+        provenance: dict[str, Any] | None = None,  # recipe, steps, seconds, device, scores
     ):
         super().__init__()
         if size % first_stage.f:
@@ -58,11 +58,11 @@ class LatentDiffusion(nn.Module):
                 f"unet takes {unet.in_channels} channels, but first_stage's latents have {first_stage.latent_channels}"
             )
         self.first_stage, self.unet, self.conditioner = first_stage, unet, conditioner
-        self.schedule, self.size, self.made = schedule, size, made or {}
+        self.schedule, self.size, self.provenance = schedule, size, provenance or {}
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        "(c, h/f, w/f) of one picture's latent."
+        "(c, h/f, w/f) of one image's latent."
         side = self.size // self.first_stage.f
         return self.first_stage.latent_channels, side, side
 
@@ -70,7 +70,7 @@ class LatentDiffusion(nn.Module):
         "What a sampler needs: a denoiser, guided where there are prompts, and the condition to call it with."
         if (prompts is None) != (self.conditioner is None):
             wanted = (
-                "needs prompts" if self.conditioner else "is unconditional: give n, the number of pictures, instead"
+                "needs prompts" if self.conditioner else "is unconditional: give n, the number of images, instead"
             )
             raise LDMError(f"prompts: this model {wanted}")
         if prompts is None:
@@ -80,28 +80,28 @@ class LatentDiffusion(nn.Module):
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[str] | str | None = None,  # one picture for each
-        n: int | None = None,  # how many pictures of one prompt, or of an unconditional model
+        prompts: Sequence[str] | str | None = None,  # one image for each
+        n: int | None = None,  # how many images of one prompt, or of an unconditional model
         steps: int = 50,  # denoising steps
         scale: float = 3.0,  # guidance scale s; 1 is unguided
-        seed: int = 0,  # the first picture's seed; the next ones have seed + 1, seed + 2, …
+        seed: int = 0,  # the first image's seed; the next ones have seed + 1, seed + 2, …
         sampler: str = "ddim",  # a key of SAMPLERS
         show_progress: bool = False,  # a bar, on a live terminal or notebook
         **options: Any,  # what the sampler takes besides, such as eta=1.0
     ) -> Float[Tensor, "b 3 h w"]:
-        "Pictures in [−1, 1] on the model's device. `LDMError` where prompts, n, steps or sampler make no sense."
+        "Images in [−1, 1] on the model's device. `LDMError` where prompts, n, steps or sampler make no sense."
         if sampler not in SAMPLERS:
             raise LDMError(f"unknown sampler '{sampler}'; known: {', '.join(SAMPLERS)}")
         if prompts is None or isinstance(prompts, str):
             n = 1 if n is None else n
             prompts = prompts if prompts is None else [prompts] * n
         elif not len(prompts):
-            raise LDMError("prompts: an empty list; ask for at least one picture")
+            raise LDMError("prompts: an empty list; ask for at least one image")
         elif n not in (None, len(prompts)):
             raise LDMError(f"n={n}, but there are {len(prompts)} prompts: n goes with one prompt, or with none")
         count = n if prompts is None else len(prompts)
         if count < 1:
-            raise LDMError("n: nothing to draw; ask for at least one picture")
+            raise LDMError("n: nothing to draw; ask for at least one image")
         denoise, cond = self.denoiser(prompts, scale)
         noise = SeededNoise(range(seed, seed + count))
         x_T = noise.noise(self.latent_shape).to(next(self.unet.parameters()).device)
@@ -120,7 +120,7 @@ class LatentDiffusion(nn.Module):
             if (part := getattr(self, name)) is not None:
                 part.save_pretrained(folder / name, half=half)
         config = {"schedule": self.schedule.config, "size": self.size, "conditional": self.conditioner is not None}
-        save_json(config | {"made": self.made}, folder / "config.json")
+        save_json(config | {"provenance": self.provenance}, folder / "config.json")
 
     @classmethod
     def from_pretrained(
@@ -136,4 +136,4 @@ class LatentDiffusion(nn.Module):
             raise CheckpointError(f"{folder / 'config.json'} does not describe a LatentDiffusion: {error}") from error
         wanted = [part for part in PARTS if conditional or part != "conditioner"]
         parts = {part: PARTS[part](folder, part=part) for part in wanted}
-        return cls(**parts, schedule=schedule, size=size, made=config.get("made")).eval()
+        return cls(**parts, schedule=schedule, size=size, provenance=config.get("provenance", config.get("made"))).eval()

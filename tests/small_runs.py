@@ -20,7 +20,7 @@ from ldm_edu.training.recipes import (
     TextRecipe,
     Training,
 )
-from ldm_edu.training.stages import train, train_autoencoder
+from ldm_edu.training.stages import train_autoencoder, train_latent_diffusion
 
 
 def tiny(steps: int = 6, batch_size: int = 4, **training: Any) -> Recipe:
@@ -39,11 +39,11 @@ def tiny(steps: int = 6, batch_size: int = 4, **training: Any) -> Recipe:
 
 
 def tiny_autoencoder(steps: int = 6, start: int = 3, **training: Any) -> AutoencoderRecipe:
-    """A first stage with all that it can have: a codebook, a perceptual distance, and a critic from `start` on."""
+    """A first stage with all that it can have: a codebook, a perceptual distance, and a discriminator from `start` on."""
     first_stage = replace(
         tiny(steps, **training).first_stage,
         regulariser="vq",
-        codes=32,
+        num_codes=32,
         perceptual="toy-features",
         perceptual_weight=0.1,
         adversarial=AdversarialRecipe(start, channels=8, layers=1, norm="group"),
@@ -58,15 +58,15 @@ def of_stages(recipe: Recipe, **training: Any) -> Recipe:
     return replace(recipe, first_stage=first, diffusion=second)
 
 
-# How the small runs are done: a line in the log every third step, pictures at the end, a checkpoint after each step.
-HOW = {"device": "cpu", "precision": "fp32", "every": 3, "looks": 1, "save_every": 0.0}
+# How the small runs are done: a line in the log every third step, images at the end, a checkpoint after each step.
+HOW = {"device": "cpu", "precision": "fp32", "every": 3, "sample_every": 100, "save_every": 0.0}
 
 
 def cook(folder: Path, recipe: Recipe | AutoencoderRecipe | None = None, **how: Any):
     """`tiny`, or another recipe, on one thread; goes on with what the folder holds, if it holds a run."""
     torch.set_num_threads(1)
     resume = (folder / "recipe.json").exists()
-    do = train_autoencoder if isinstance(recipe, AutoencoderRecipe) else train
+    do = train_autoencoder if isinstance(recipe, AutoencoderRecipe) else train_latent_diffusion
     return do(recipe or tiny(), folder, **(HOW | {"resume": resume} | how))
 
 

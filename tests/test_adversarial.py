@@ -1,4 +1,4 @@
-"""The critic against a PatchGAN written here, its weight against finite differences, and who learns from whom."""
+"""The discriminator against a PatchGAN written here, its weight against finite differences, and who learns from whom."""
 
 import copy
 from functools import partial
@@ -57,20 +57,20 @@ def test_equals_a_patchgan(layers):
 def test_a_logit_sees_one_patch(layers, side):
     """How far the pixels lie apart on which a logit in the middle depends."""
     torch.manual_seed(0)
-    critic, x = PatchDiscriminator(4, layers).eval().double(), torch.randn(1, 3, 192, 192).double().requires_grad_(True)
-    logits = critic(x)
+    discriminator, x = PatchDiscriminator(4, layers).eval().double(), torch.randn(1, 3, 192, 192).double().requires_grad_(True)
+    logits = discriminator(x)
     logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
     for others in ((0, 1), (0, 2)):
         seen = x.grad[0].abs().sum(others).nonzero().flatten()
-        assert seen.max() - seen.min() + 1 == side == critic.patch
+        assert seen.max() - seen.min() + 1 == side == discriminator.patch
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_begins_as_in_the_released_code(norm):
     """Normal around 0 or 1 with a deviation of 0.02; bounds are five standard errors."""
     torch.manual_seed(0)
-    critic = PatchDiscriminator(64, 3, norm)
-    for layer in critic.main:
+    discriminator = PatchDiscriminator(64, 3, norm)
+    for layer in discriminator.main:
         if isinstance(layer, nn.LeakyReLU):
             continue
         weight, middle = layer.weight.detach(), float(not isinstance(layer, nn.Conv2d))
@@ -85,18 +85,18 @@ def test_group_does_not_look_at_the_batch_mates_and_batch_does():
     torch.manual_seed(0)
     x, mates = torch.randn(1, 3, 32, 32), torch.randn(3, 3, 32, 32) * 3
     for norm, alike in (("group", True), ("batch", False)):
-        critic = PatchDiscriminator(16, 2, norm)
-        alone, together = critic(x), critic(torch.cat([x, mates]))[:1]
+        discriminator = PatchDiscriminator(16, 2, norm)
+        alone, together = discriminator(x), discriminator(torch.cat([x, mates]))[:1]
         assert ((alone - together).abs().max() < 1e-6) == alike
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
 def test_too_small_pictures_are_refused(layers):
-    critic, least = PatchDiscriminator(4, layers), 2 ** (layers + 2)
-    assert critic(torch.zeros(2, 3, least, least)).numel() >= 2
+    discriminator, least = PatchDiscriminator(4, layers), 2 ** (layers + 2)
+    assert discriminator(torch.zeros(2, 3, least, least)).numel() >= 2
     for h, w in ((least // 2, 256), (256, least // 2), (1, 1)):
         with pytest.raises(LDMError, match=f"{h}×{w} pixels are too few .*fewer layers"):
-            critic(torch.zeros(2, 3, h, w))
+            discriminator(torch.zeros(2, 3, h, w))
 
 
 def test_an_unknown_norm_lists_the_known_ones():
@@ -120,22 +120,22 @@ def test_hinge_loss_by_hand():
 
 
 class Game:
-    """A small decoder, a small critic, in float64; both losses as functions of the decoder's last weights."""
+    """A small decoder, a small discriminator, in float64; both losses as functions of the decoder's last weights."""
 
     def __init__(self, norm: str):
         torch.manual_seed(0)
         self.decoder = nn.Sequential(nn.Conv2d(2, 4, 3, padding=1), nn.SiLU(), nn.Conv2d(4, 3, 3, padding=1)).double()
-        self.critic = PatchDiscriminator(8, 1, norm).double()
-        for weight in self.critic.parameters():
+        self.discriminator = PatchDiscriminator(8, 1, norm).double()
+        for weight in self.discriminator.parameters():
             nn.init.normal_(weight, std=0.3)
         self.z, self.x = torch.randn(2, 2, 12, 12).double(), torch.rand(2, 3, 12, 12).double()
         self.last = self.decoder[2].weight
 
-    def near(self) -> Tensor:
-        return FirstStageLoss(l2_weight=1.0).near(self.x, self.decoder(self.z))[0]
+    def rec_loss(self) -> Tensor:
+        return FirstStageLoss(l2_weight=1.0).rec_loss(self.x, self.decoder(self.z))[0]
 
-    def fool(self) -> Tensor:
-        return -self.critic(self.decoder(self.z)).mean()
+    def g_loss(self) -> Tensor:
+        return -self.discriminator(self.decoder(self.z)).mean()
 
     @torch.no_grad()
     def slope(self, loss) -> Tensor:
@@ -154,32 +154,32 @@ class Game:
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_adaptive_weight_equals_finite_differences(norm):
     game = Game(norm)
-    near, fool = game.slope(game.near), game.slope(game.fool)
-    for loss, slopes in ((game.near, near), (game.fool, fool)):  # the differences are good ones
+    rec_loss, g_loss = game.slope(game.rec_loss), game.slope(game.g_loss)
+    for loss, slopes in ((game.rec_loss, rec_loss), (game.g_loss, g_loss)):  # the differences are good ones
         torch.testing.assert_close(torch.autograd.grad(loss(), game.last)[0], slopes, rtol=1e-5, atol=1e-7)
-    expected = near.square().sum().sqrt() / (fool.square().sum().sqrt() + 1e-4)
+    expected = rec_loss.square().sum().sqrt() / (g_loss.square().sum().sqrt() + 1e-4)
     assert 1 < expected < 1e4  # or only the clamp would be seen
-    found = adaptive_weight(game.near(), game.fool(), game.last)
+    found = adaptive_weight(game.rec_loss(), game.g_loss(), game.last)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
     assert not found.requires_grad and game.last.grad is None
 
 
-@pytest.mark.parametrize("length, loudness", [(0.5, 5000.0), (3.0, 1e4), (0.0, 0.0)])
-def test_where_the_critic_says_nothing_its_weight_is_bounded(length, loudness):
-    """λ = ‖near‖ / (0 + 1e-4), and never more than 1e4."""
+@pytest.mark.parametrize("length, d_weight", [(0.5, 5000.0), (3.0, 1e4), (0.0, 0.0)])
+def test_where_the_critic_says_nothing_its_weight_is_bounded(length, d_weight):
+    """λ = ‖rec_loss‖ / (0 + 1e-4), and never more than 1e4."""
     last = torch.zeros(2, 2, requires_grad=True)
-    near, fool = (last * torch.tensor([[length, 0.0], [0.0, 0.0]])).sum(), (last * 0.0).sum()
-    assert adaptive_weight(near, fool, last).item() == pytest.approx(loudness)
+    rec_loss, g_loss = (last * torch.tensor([[length, 0.0], [0.0, 0.0]])).sum(), (last * 0.0).sum()
+    assert adaptive_weight(rec_loss, g_loss, last).item() == pytest.approx(d_weight)
 
 
 def test_adaptive_weight_keeps_the_graph_and_takes_means_over_processes():
     """`average` is applied to gradients, before their lengths are taken: two that cancel have no length."""
     last, other = torch.ones(3, requires_grad=True), torch.tensor([-1.0, 1.0, 0.0])
-    near, fool = (last * torch.tensor([1.0, 1.0, 0.0])).sum(), (last * 2).sum()
+    rec_loss, g_loss = (last * torch.tensor([1.0, 1.0, 0.0])).sum(), (last * 2).sum()
     theirs = iter([other, torch.zeros(3)])
-    found = adaptive_weight(near, fool, last, lambda gradient: (gradient + next(theirs)) / 2)
+    found = adaptive_weight(rec_loss, g_loss, last, lambda gradient: (gradient + next(theirs)) / 2)
     assert found.item() == pytest.approx(1.0 / (3**0.5 + 1e-4))  # (1, 1, 0) and (−1, 1, 0): (0, 1, 0)
-    (near + fool).backward()
+    (rec_loss + g_loss).backward()
 
 
 # Two opponents -------------------------------------------------------------------------------------------------------
@@ -202,30 +202,30 @@ def test_each_opponent_learns_from_its_own_loss(norm):
     loss, terms = criterion(x, y, posterior, partial(adversary, last_layer=model.last_layer))
     loss.backward()
     together = {name: weight.grad.clone() for name, weight in model.named_parameters()}
-    critics = {name: weight.grad.clone() for name, weight in adversary.discriminator.named_parameters()}
+    grads = {name: weight.grad.clone() for name, weight in adversary.discriminator.named_parameters()}
     model.zero_grad()
 
     frozen, y = copy.deepcopy(before).requires_grad_(False), model(x, noise)[0]
-    (near, _), (tame, _), fool = criterion.near(x, y), criterion.regularisation(posterior), -frozen(y).mean()
-    lengths = [torch.autograd.grad(part, model.last_layer, retain_graph=True)[0].norm() for part in (near, fool)]
-    loudness = min((lengths[0] / (lengths[1] + 1e-4)).item(), 1e4)
-    alone, posterior = near + 0.3 * loudness * fool, model(x, noise)[1]
-    (alone + criterion.regularisation(posterior)[0]).backward()
+    (rec_loss, _), (reg_loss, _), g_loss = criterion.rec_loss(x, y), criterion.reg_loss(posterior), -frozen(y).mean()
+    lengths = [torch.autograd.grad(part, model.last_layer, retain_graph=True)[0].norm() for part in (rec_loss, g_loss)]
+    d_weight = min((lengths[0] / (lengths[1] + 1e-4)).item(), 1e4)
+    alone, posterior = rec_loss + 0.3 * d_weight * g_loss, model(x, noise)[1]
+    (alone + criterion.reg_loss(posterior)[0]).backward()
     for name, weight in model.named_parameters():
         torch.testing.assert_close(together[name], weight.grad, msg=lambda said, name=name: f"{name}: {said}")
 
     with torch.no_grad():
         y = model(x, noise)[0]
     real, fake = before(x), before(y)
-    critic = (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()) / 2
-    critic.backward()
+    d_loss = (torch.relu(1 - real).mean() + torch.relu(1 + fake).mean()) / 2
+    d_loss.backward()
     for name, weight in before.named_parameters():
-        torch.testing.assert_close(critics[name], weight.grad, msg=lambda said, name=name: f"{name}: {said}")
+        torch.testing.assert_close(grads[name], weight.grad, msg=lambda said, name=name: f"{name}: {said}")
         assert weight.grad.any()
 
-    torch.testing.assert_close(loss, near + tame + 0.3 * loudness * fool + critic)
-    assert {"fool", "critic", "loudness"} <= set(terms) and not any(term.requires_grad for term in terms.values())
-    for name, value in {"fool": fool, "critic": critic, "loudness": torch.tensor(loudness).double()}.items():
+    torch.testing.assert_close(loss, rec_loss + reg_loss + 0.3 * d_weight * g_loss + d_loss)
+    assert {"g_loss", "d_loss", "d_weight"} <= set(terms) and not any(term.requires_grad for term in terms.values())
+    for name, value in {"g_loss": g_loss, "d_loss": d_loss, "d_weight": torch.tensor(d_weight).double()}.items():
         torch.testing.assert_close(terms[name], value.detach())
 
 
@@ -247,13 +247,13 @@ def test_a_negative_weight_is_refused():
 def test_a_critic_learns_to_tell_sharp_from_blurred(norm):
     """From 1, where it knows nothing, to under a quarter."""
     torch.manual_seed(0)
-    critic = PatchDiscriminator(8, 2, norm)
+    discriminator = PatchDiscriminator(8, 2, norm)
     x = torch.rand(16, 3, 32, 32) * 2 - 1
     y = nn.functional.avg_pool2d(x, 3, 1, padding=1)
-    adam, losses = torch.optim.Adam(critic.parameters(), 1e-3), []
+    adam, losses = torch.optim.Adam(discriminator.parameters(), 1e-3), []
     for _ in range(40):
         adam.zero_grad()
-        losses.append(hinge_loss(critic(x), critic(y)))
+        losses.append(hinge_loss(discriminator(x), discriminator(y)))
         losses[-1].backward()
         adam.step()
     assert 0.8 < losses[0] < 1.2 and losses[-1] < 0.25

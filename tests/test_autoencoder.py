@@ -121,12 +121,12 @@ def test_the_half_that_may_be_cut_has_no_attention(seed):
     config = random_config(seed) | dict(attention=True)
     model = AutoencoderKL(**config)
     x = torch.randn(1, 3, 2 * model.f, 3 * model.f)
-    h = model.start(model.encode(x))
-    before, back = model.shrink(x), model.grow(h)
+    h = model.decode_global(model.encode(x))
+    before, back = model.encode_local(x), model.decode_local(h)
     for layer in model.modules():
         if isinstance(layer, MiddleAttention):
             layer.forward = lambda x: x / 0  # would be seen
-    assert torch.equal(model.shrink(x), before) and torch.equal(model.grow(h), back)
+    assert torch.equal(model.encode_local(x), before) and torch.equal(model.decode_local(h), back)
     factors = config["attention_factors"]
     assert x.shape[-1] // before.shape[-1] == min(factors, default=model.f)
     assert x.shape[-1] // h.shape[-1] == max(1, min(factors, default=2 * model.f) // 2)

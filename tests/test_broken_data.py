@@ -50,13 +50,13 @@ def packed(picture: Image.Image, kind: str = "JPEG", **options) -> bytes:
 
 
 def noted(orientation: int) -> bytes:
-    "A picture that says how to turn it."
+    "An image that says how to turn it."
     note = Image.Exif()
     note[0x0112] = orientation
     return packed(PICTURE, "PNG", exif=note)
 
 
-# ---- one picture file
+# ---- one image file
 
 
 def grey(image: torch.Tensor) -> bool:
@@ -97,7 +97,7 @@ READS_PICTURE: dict[str, tuple[str, Callable[[], bytes], Callable[[torch.Tensor]
     ),
     "a note that is garbage": ("a.jpg", with_bad_exif, red),
     "something behind the end": ("a.jpg", lambda: packed(RED) + b"garbage" * 99, red),
-    "several pictures in one file": ("a.gif", lambda: packed(RED, "GIF", save_all=True, append_images=[PICTURE]), red),
+    "several images in one file": ("a.gif", lambda: packed(RED, "GIF", save_all=True, append_images=[PICTURE]), red),
     "progressive": ("a.jpg", lambda: packed(RED, progressive=True), red),
     "very wide": ("a.png", lambda: packed(RED.resize((900, 5)), "PNG"), red),
 }
@@ -115,15 +115,15 @@ def test_odd_pictures_are_converted(tmp_path, kind):
 
 REFUSED_PICTURE: dict[str, tuple[Callable[[Path], object], str]] = {
     "zero bytes": (lambda p: p.write_bytes(b""), "is empty.*copy it again"),
-    "truncated JPEG": (lambda p: p.write_bytes(packed(PICTURE)[:700]), "not a whole picture.*copy it again"),
-    "truncated PNG": (lambda p: p.write_bytes(packed(PICTURE, "PNG")[:700]), "not a whole picture.*copy it again"),
+    "truncated JPEG": (lambda p: p.write_bytes(packed(PICTURE)[:700]), "not a whole image.*copy it again"),
+    "truncated PNG": (lambda p: p.write_bytes(packed(PICTURE, "PNG")[:700]), "not a whole image.*copy it again"),
     "head only": (lambda p: p.write_bytes(packed(PICTURE)[:20]), "copy it again"),
     "broken inside": (lambda p: p.write_bytes(packed(PICTURE, "PNG").replace(b"IDAT", b"IDOT")), "copy it again"),
-    "a text": (lambda p: p.write_text("no picture"), "no picture.*JPEG or PNG"),
-    "a page of a web server": (lambda p: p.write_text("<html>404 Not Found</html>"), "no picture.*JPEG or PNG"),
+    "a text": (lambda p: p.write_text("no image"), "no image.*JPEG or PNG"),
+    "a page of a web server": (lambda p: p.write_text("<html>404 Not Found</html>"), "no image.*JPEG or PNG"),
     "a kind that is not known": (
         lambda p: p.write_bytes(b"\0\0\0\x18ftypheic" + b"\0" * 99),
-        "no picture.*JPEG or PNG",
+        "no image.*JPEG or PNG",
     ),
     "one pixel wide": (lambda p: RED.resize((1, 300)).save(p, "PNG"), "1 x 300 pixels, too few for 32 x 32"),
     "numbers without a white": (
@@ -134,21 +134,21 @@ REFUSED_PICTURE: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: Image.fromarray(np.full((32, 32), 70_000, np.int32)).save(p, "TIFF"),
         "8 bits a channel",
     ),
-    "enormous": (lambda p: p.write_bytes(png_with_header(100_000, 100_000)), "not a whole picture.*pixels"),
-    "too few rows": (lambda p: p.write_bytes(png_with_header(32, 32)), "not a whole picture"),
+    "enormous": (lambda p: p.write_bytes(png_with_header(100_000, 100_000)), "not a whole image.*pixels"),
+    "too few rows": (lambda p: p.write_bytes(png_with_header(32, 32)), "not a whole image"),
     "not there": (lambda p: None, "there is no such file"),
-    "a folder": (lambda p: p.mkdir(), "directory.*picture file should stand here"),
+    "a folder": (lambda p: p.mkdir(), "directory.*image file should stand here"),
     "a link to nothing": (lambda p: p.symlink_to("gone.jpg"), "link that leads nowhere"),
-    "a link to itself": (lambda p: p.symlink_to(p.name), "symbolic links.*picture file should stand here"),
+    "a link to itself": (lambda p: p.symlink_to(p.name), "symbolic links.*image file should stand here"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED_PICTURE)
 def test_broken_pictures_are_refused(tmp_path, kind):
     make, says = REFUSED_PICTURE[kind]
-    make(tmp_path / "the picture.jpg")
-    with pytest.raises(DataError, match=f"the picture.jpg.*{says}"):
-        load_image(tmp_path / "the picture.jpg", 32)
+    make(tmp_path / "the image.jpg")
+    with pytest.raises(DataError, match=f"the image.jpg.*{says}"):
+        load_image(tmp_path / "the image.jpg", 32)
 
 
 # ---- folders
@@ -168,9 +168,9 @@ READS_FOLDER: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "a circle of linked folders": (lambda r: (r / "deep" / "er" / "round").symlink_to(r), ["a", "b", "c"]),
     "a folder linked twice": (lambda r: (r / "again").symlink_to(r / "deep"), ["a", "b", "c"]),
     "hidden files and folders": (lambda r: shutil.copytree(r / "deep", r / ".cache"), ["a", "b", "c"]),
-    "other files beside the pictures": (lambda r: (r / "deep" / "notes.txt").write_text("x"), ["a", "b", "c"]),
+    "other files beside the images": (lambda r: (r / "deep" / "notes.txt").write_text("x"), ["a", "b", "c"]),
     "a name in capitals": (lambda r: (r / "a.png").rename(r / "A.PNG"), ["A", "b", "c"]),
-    "a folder that is called like a picture": (lambda r: (r / "d.png").mkdir(), ["a", "b", "c"]),
+    "a folder that is called like an image": (lambda r: (r / "d.png").mkdir(), ["a", "b", "c"]),
     "a name that is no UTF-8": (stranger, ["a", "b", "caf\udce9", "c"]),
 }
 
@@ -189,23 +189,23 @@ def test_odd_folders_are_read(tmp_path, kind):
 
 
 REFUSED_FOLDER: dict[str, tuple[Callable[[Path], object], str]] = {
-    "nothing in it": (lambda r: [shutil.rmtree(r), r.mkdir()], "contains no pictures"),
+    "nothing in it": (lambda r: [shutil.rmtree(r), r.mkdir()], "contains no images"),
     "not there": (lambda r: shutil.rmtree(r), "no such folder"),
     "a file in its place": (lambda r: [shutil.rmtree(r), r.write_text("")], "no such folder"),
-    "a picture that is a dead link": (lambda r: (r / "b.jpg").symlink_to("gone"), "b.jpg.*link that leads nowhere"),
-    "a picture that vanished after opening": (None, "a.png.*no such file"),
+    "an image that is a dead link": (lambda r: (r / "b.jpg").symlink_to("gone"), "b.jpg.*link that leads nowhere"),
+    "an image that vanished after opening": (None, "a.png.*no such file"),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED_FOLDER)
 def test_broken_folders_are_refused(tmp_path, kind):
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     root.mkdir()
     folder_of_pictures(root)
     change, says = REFUSED_FOLDER[kind]
     if change:
         change(root)
-    with pytest.raises(DataError, match=f"pictures.*{says}"):
+    with pytest.raises(DataError, match=f"images.*{says}"):
         dataset = ImageFolder(root, 32)
         if not change:
             dataset.files[0].unlink()
@@ -217,7 +217,7 @@ def test_broken_folders_are_refused(tmp_path, kind):
 
 
 def celeba_folder(root: Path) -> None:
-    "Six pictures with two attributes, all in the training split."
+    "Six images with two attributes, all in the training split."
     (root / "img_align_celeba").mkdir(parents=True)
     names = [f"{i:06}.jpg" for i in range(1, 7)]
     for name in names:
@@ -244,8 +244,8 @@ READS_CELEBA: dict[str, Callable[[Path], object]] = {
     "a mark in front of the text": rewrite(ATTRIBUTES, "6\n", "\ufeff6\n", encoding="utf-8"),
     "more spaces, and empty lines": rewrite(ATTRIBUTES, "000003.jpg 1 -1\n", "000003.jpg   1  -1 \n\n\n"),
     "no partition": lambda r: (r / PARTITION).unlink(),
-    "a picture that no list names": lambda r: RED.save(r / "img_align_celeba" / "999999.jpg"),
-    "a partition of more pictures": rewrite(PARTITION, "000001.jpg 0\n", "000001.jpg 0\n999999.jpg 0\n"),
+    "an image that no list names": lambda r: RED.save(r / "img_align_celeba" / "999999.jpg"),
+    "a partition of more images": rewrite(PARTITION, "000001.jpg 0\n", "000001.jpg 0\n999999.jpg 0\n"),
 }
 
 
@@ -280,7 +280,7 @@ REFUSED_CELEBA: dict[str, tuple[Callable[[Path], object], str]] = {
         rewrite(ATTRIBUTES, "000003.jpg 1 -1", "000003.jpg 1 0"),
         f"{ATTRIBUTES}, line 5.*2 times 1 or -1",
     ),
-    "a picture listed twice": (rewrite(ATTRIBUTES, "000004", "000003"), f"{ATTRIBUTES}, line 6.*second time"),
+    "an image listed twice": (rewrite(ATTRIBUTES, "000004", "000003"), f"{ATTRIBUTES}, line 6.*second time"),
     "a list that is no UTF-8": (
         lambda r: (r / ATTRIBUTES).write_bytes(b"6\n\xff\xfe"),
         f"{ATTRIBUTES}.*not text in UTF-8",
@@ -293,22 +293,22 @@ REFUSED_CELEBA: dict[str, tuple[Callable[[Path], object], str]] = {
         rewrite(PARTITION, "000002.jpg 0", "000002.jpg 3"),
         f"{PARTITION}, line 2.*0, 1 or 2",
     ),
-    "partition with a picture twice": (rewrite(PARTITION, "000002", "000001"), f"{PARTITION}, line 2.*second time"),
-    "partition of too few pictures": (
+    "partition with an image twice": (rewrite(PARTITION, "000002", "000001"), f"{PARTITION}, line 2.*second time"),
+    "partition of too few images": (
         rewrite(PARTITION, "000002.jpg 0\n", ""),
-        f"{PARTITION}.*1 of the pictures.*000002.jpg",
+        f"{PARTITION}.*1 of the images.*000002.jpg",
     ),
-    "no picture of this split": (
+    "no image of this split": (
         lambda r: (r / PARTITION).write_text("".join(f"00000{i}.jpg 1\n" for i in range(1, 7))),
         "'train'",
     ),
-    "no picture at all": (
+    "no image at all": (
         lambda r: [p.unlink() for p in r.rglob("*.jpg")],
         "img_align_celeba contains none of the 6.*README",
     ),
     "unpacked too deep": (nest, "img_align_celeba contains none.*one folder higher"),
     "another folder": (lambda r: (r / "img_align_celeba").rename(r / "images"), "neither img_align_celeba/.*README"),
-    "a broken picture": (lambda r: (r / "img_align_celeba" / "000003.jpg").write_bytes(b""), "000003.jpg is empty"),
+    "a broken image": (lambda r: (r / "img_align_celeba" / "000003.jpg").write_bytes(b""), "000003.jpg is empty"),
 }
 
 
@@ -331,7 +331,7 @@ def refused(opened: Callable[[], Dataset], says: str) -> None:
 
 
 def coco_folder(root: Path) -> None:
-    "Three pictures with two captions, a box and a segment each."
+    "Three images with two captions, a box and a segment each."
     (root / "val2017").mkdir(parents=True)
     (root / "annotations" / "panoptic_val2017").mkdir(parents=True)
     images, captions, instances, panoptic = [], [], [], []
@@ -368,7 +368,7 @@ def edit(kind: str, change: Callable[[dict], object]) -> Callable[[Path], object
 
 
 def note(kind: str, **parts) -> Callable[[Path], object]:
-    "A change of the second picture's first annotation; `None` removes a part."
+    "A change of the second image's first annotation; `None` removes a part."
 
     def change(content: dict) -> None:
         found = next(note for note in content["annotations"] if note["image_id"] == 1)
@@ -402,25 +402,25 @@ ORPHAN = {
 }
 
 READS_COCO: dict[str, tuple[Callable[[Path], object], int]] = {
-    "a picture without captions": (edit("captions", drop_notes), 2),
+    "an image without captions": (edit("captions", drop_notes), 2),
     "a caption of nothing but spaces": (
         edit("captions", lambda c: [n.update(caption=" \n") for n in c["annotations"][2:4]]),
         2,
     ),
-    "a picture without boxes": (edit("instances", drop_notes), 2),
-    "a picture without segments": (edit("panoptic", drop_notes), 2),
+    "an image without boxes": (edit("instances", drop_notes), 2),
+    "an image without segments": (edit("panoptic", drop_notes), 2),
     "a map that is not there": (lambda r: (r / MAP).unlink(), 2),
-    "an annotation of a picture that is not there": (lambda r: (r / JPG).unlink(), 2),
+    "an annotation of an image that is not there": (lambda r: (r / JPG).unlink(), 2),
     "annotations without image": (
         lambda r: [
             edit(k, lambda c: c["annotations"].append(ORPHAN))(r) for k in ("captions", "instances", "panoptic")
         ],
         3,
     ),
-    "a picture that no file names": (lambda r: RED.save(r / "val2017" / "stranger.jpg"), 3),
+    "an image that no file names": (lambda r: RED.save(r / "val2017" / "stranger.jpg"), 3),
     "line ends in captions": (note("captions", caption=" red\n 0 \r\n"), 3),
-    "a box that leaves the picture": (note("instances", bbox=[-10, -10, 100, 100]), 3),
-    "a box beside the picture": (note("instances", bbox=[40, 4, 10, 10]), 3),
+    "a box that leaves the image": (note("instances", bbox=[-10, -10, 100, 100]), 3),
+    "a box beside the image": (note("instances", bbox=[40, 4, 10, 10]), 3),
     "a box of no width": (note("instances", bbox=[4, 4, 0, 10]), 3),
     "run lengths for a polygon": (note("instances", segmentation=RUNS), 3),
     "a crowd": (note("instances", iscrowd=1, segmentation=RUNS), 3),
@@ -436,7 +436,7 @@ def test_odd_coco_is_read(tmp_path, kind):
     dataset = COCO(tmp_path, size=16, keys=EVERYTHING)
     assert len(dataset) == left
     counted = dataset.missing + sum(dataset.without.values())
-    assert counted == 3 - left or kind == "a picture that no file names" and counted == 3
+    assert counted == 3 - left or kind == "an image that no file names" and counted == 3
     for sample in dataset:
         assert red(sample["image"]) and sample["captions"] == ["red 0", "red 1"][: len(sample["captions"])]
         assert len(sample["boxes"]) == len(sample["instances"]) <= 1 and sample["segmentation"].max() <= 1
@@ -453,15 +453,15 @@ REFUSED_COCO: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda r: shutil.rmtree(r / "annotations" / "panoptic_val2017"),
         "panoptic_val2017 cannot be read.*README",
     ),
-    "no folder of pictures": (lambda r: shutil.rmtree(r / "val2017"), "no folder train2017 or val2017.*README"),
-    "no pictures": (lambda r: [p.unlink() for p in r.rglob("*.jpg")], "val2017 contains none of the 3.*README"),
-    "annotations of other pictures": (
+    "no folder of images": (lambda r: shutil.rmtree(r / "val2017"), "no folder train2017 or val2017.*README"),
+    "no images": (lambda r: [p.unlink() for p in r.rglob("*.jpg")], "val2017 contains none of the 3.*README"),
+    "annotations of other images": (
         edit("captions", lambda c: [i.update(file_name=f"{i['id']}.jpg") for i in c["images"]]),
-        "no picture is left.*'captions': 3",
+        "no image is left.*'captions': 3",
     ),
-    "a picture listed twice": (
+    "an image listed twice": (
         edit("instances", lambda c: c["images"].append(c["images"][0])),
-        "instances.*picture twice",
+        "instances.*image twice",
     ),
     "images without names": (edit("captions", lambda c: c["images"][0].pop("file_name")), "captions.*file_name"),
     "a caption that is no text": (note("captions", caption=3), "captions.*caption"),
@@ -476,7 +476,7 @@ REFUSED_COCO: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "half a corner": (note("instances", segmentation=[[1, 1, 9, 1, 9, 9, 4]]), f"instances.*{ONE}.jpg.*corners"),
     "no outline": (note("instances", segmentation=[]), f"instances.*{ONE}.jpg.*corners"),
-    "run lengths of another picture": (
+    "run lengths of another image": (
         note("instances", segmentation=RUNS | {"size": [9, 9]}),
         f"instances.*{ONE}.jpg.*32 x 32",
     ),
@@ -488,13 +488,13 @@ REFUSED_COCO: dict[str, tuple[Callable[[Path], object], str]] = {
         note("instances", segmentation=RUNS | {"counts": "garbage"}),
         f"instances.*{ONE}.jpg",
     ),
-    "a picture of another size": (lambda r: RED.resize((16, 16)).save(r / JPG), f"{ONE}.jpg.*16 x 16.*original"),
+    "an image of another size": (lambda r: RED.resize((16, 16)).save(r / JPG), f"{ONE}.jpg.*16 x 16.*original"),
     "a map of another size": (write_map(Image.new("RGB", (16, 16), (9, 0, 0))), f"{ONE}.png .16 x 16 pixels.*original"),
     "a map in grey": (write_map(Image.new("L", (32, 32), 9)), f"{ONE}.png.*three colours"),
     "a map cut off": (write_map(packed(PICTURE, "PNG")[:700]), f"{ONE}.png.*copy it again"),
     "a map with other colours": (write_map(Image.new("RGB", (32, 32), (8, 0, 0))), f"{ONE}.png.*does not explain"),
     "segments without numbers": (note("panoptic", segments_info=[{"category_id": 7}]), "panoptic.*segments_info"),
-    "a broken picture": (lambda r: (r / JPG).write_bytes(packed(RED)[:300]), f"{ONE}.jpg"),
+    "a broken image": (lambda r: (r / JPG).write_bytes(packed(RED)[:300]), f"{ONE}.jpg"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The cache of pictures: exact, resumable at any moment, shared by processes, and never of something else."""
+"""The cache of images: exact, resumable at any moment, shared by processes, and never of something else."""
 
 import errno
 import json
@@ -102,7 +102,7 @@ def test_another_process_reads_for_itself(tmp_path):
     cache = cached(ToyCOCO(**SMALL), tmp_path, block=20)
     cache.images([1])
     packed = pickle.dumps(cache)
-    assert len(packed) < 50_000  # captions, no pictures
+    assert len(packed) < 50_000  # captions, no images
     assert torch.equal(pickle.loads(packed).images([7]), cache.images([7]))
     alone, helped = batches(cache, 4, seed=1), batches(cache, 4, seed=1, workers=1)
     assert all(torch.equal(next(alone)["image"], next(helped)["image"]) for _ in range(3))

@@ -65,7 +65,7 @@ def test_an_unconditional_run_on_real_faces(real_data, tmp_path):
     result = run("train", "celeba64", "--data-dir", real_data, "--out", out, "--max-steps", 2, "--every", 1)
     assert result.exit_code == 0, result.output
     log = (out / "log.jsonl").read_text()
-    assert '"psnr"' in log and '"unseen"' in log
+    assert '"psnr"' in log and '"held_out"' in log
     result = run("sample", "--model", out / "model", "--n", 2, "--steps", 2, "--out", tmp_path / "x.png")
     assert result.exit_code == 0, result.output
 
@@ -84,8 +84,8 @@ def test_scores_become_a_part_of_the_model(tmp_path):
     assert result.exit_code == 0, result.output
     assert "every thing of the caption" in result.output and "judge, drawn" in result.output
     after = json.loads((tmp_path / "model" / "config.json").read_text())
-    scores = after["made"].pop("scores")
-    before["made"].pop("scores", None)
+    scores = after["provenance"].pop("scores")
+    before["provenance"].pop("scores", None)
     assert after == before
     assert scores["steps"] == 2 and str(scores["scale"]) in scores["validation"] and len(scores["validation"]) == 6
     assert scores["test"]["every thing of the caption"] in result.output

@@ -79,7 +79,7 @@ def test_unseen_pairs_are_in_unseen_only_and_always_there():
     for split in COURSE:
         found = set().union(*(pairs(split, i) for i in range(400)))
         assert found == set(SEEN)
-    assert all(pairs("unseen", i) & set(UNSEEN) for i in range(300))
+    assert all(pairs("unseen_pairs", i) & set(UNSEEN) for i in range(300))
     assert set(SEEN) | set(UNSEEN) == set(PAIRS) and not set(SEEN) & set(UNSEEN)
 
 
@@ -231,7 +231,7 @@ def test_what_differs_in_number_stays_in_lists_also_where_it_happens_not_to():
     assert [len(boxes) for boxes in batch["boxes"]] == [1, 1]
 
 
-# ---- picture files
+# ---- image files
 
 
 def noise_picture(width: int = 20, height: int = 14) -> Image.Image:
@@ -248,7 +248,7 @@ def test_all_kinds_of_pictures(tmp_path, mode, suffix):
     grey = noise_picture().convert("L")
     fine = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
     picture = fine if mode == "I;16" else noise_picture().convert(mode)
-    file = tmp_path / f"picture.{suffix}"
+    file = tmp_path / f"image.{suffix}"
     picture.save(file)
     image = load_image(file, 10)
     assert image.shape == (3, 10, 10) and image.dtype == torch.float32 and -1 <= image.min() < image.max() <= 1
@@ -265,7 +265,7 @@ def test_transparent_palette_entries_become_white(tmp_path):
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_notes_are_followed(tmp_path, orientation):
-    """Write the picture as a camera held that way would, and read it back."""
+    """Write the image as a camera held that way would, and read it back."""
     held = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_90", "TRANSVERSE", "ROTATE_270")
     picture = noise_picture()
     stored = picture.transpose(Image.Transpose[held[orientation - 2]]) if orientation > 1 else picture
@@ -284,7 +284,7 @@ def test_the_square_is_cut_from_the_middle(tmp_path):
 
 def break_file(file, how: str) -> None:
     whole = file.read_bytes()
-    broken = {"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"no picture", "header": whole[:20]}
+    broken = {"empty": b"", "truncated": whole[: len(whole) // 2], "text": b"no image", "header": whole[:20]}
     file.write_bytes(broken[how])
 
 
@@ -312,7 +312,7 @@ def test_missing_pictures_and_folders_in_their_place_are_named(tmp_path):
 
 @pytest.fixture
 def celeba(tmp_path):
-    """A folder `data` with 30 CelebA-like pictures in `celeba`."""
+    """A folder `data` with 30 CelebA-like images in `celeba`."""
     root = tmp_path / "data" / "celeba"
     (root / "img_align_celeba").mkdir(parents=True)
     rows = ["30", "Smiling Young"]
@@ -325,7 +325,7 @@ def celeba(tmp_path):
 
 @pytest.fixture
 def coco(tmp_path):
-    """A folder `data` with 30 COCO-like pictures in `coco/val2017`."""
+    """A folder `data` with 30 COCO-like images in `coco/val2017`."""
     root = tmp_path / "data" / "coco"
     (root / "val2017").mkdir(parents=True)
     (root / "annotations").mkdir()
@@ -333,7 +333,7 @@ def coco(tmp_path):
     for i in range(30):
         noise_picture().save(root / "val2017" / f"{i:012}.jpg")
         content["images"].append({"id": i, "file_name": f"{i:012}.jpg"})
-        said = [f" picture {i},\n caption {k} " for k in range(5)]
+        said = [f" image {i},\n caption {k} " for k in range(5)]
         content["annotations"] += [{"id": 100 - i + k, "image_id": i, "caption": said[k]} for k in range(5)]
     (root / "annotations" / "captions_val2017.json").write_text(json.dumps(content))
     return root.parent
@@ -439,7 +439,7 @@ def test_coco(coco):
     data = COCO(coco, size=16)
     assert len(data) == 30 and data.missing == 0 and data.without == {"captions": 0}
     sample = data[3]
-    assert sample["captions"] == [f"picture 3, caption {k}" for k in range(5)]
+    assert sample["captions"] == [f"image 3, caption {k}" for k in range(5)]
     assert sample["caption"] == sample["captions"][0]
     assert equal(sample, data[3]) and sample["image"].shape == (3, 16, 16)
     assert COCO(coco / "coco", "val2017").files == data.files
@@ -507,7 +507,7 @@ def test_what_coco_lacks_is_named(coco):
 
 
 def test_splits_by_name_are_fixed_for_ever():
-    """These lots were cast once; other ones would move pictures between training and test."""
+    """These lots were cast once; other ones would move images between training and test."""
     assert [split_by_name(f"{i:06}.jpg") for i in (1, 2, 11)] == ["train", "validation", "test"]
     both = ("train2017", "val2017")
     assert [coco_split(f"{i:012}.jpg", "val2017", both) for i in (139, 285)] == ["test", "validation"]
@@ -533,18 +533,18 @@ def test_image_folder_splits(tmp_path):
 
 
 def test_what_a_folder_lacks_is_named(tmp_path):
-    with pytest.raises(DataError, match="contains no pictures"):
+    with pytest.raises(DataError, match="contains no images"):
         ImageFolder(tmp_path)
     with pytest.raises(DataError, match="gone.*no such folder"):
         ImageFolder(tmp_path / "gone")
     noise_picture().save(tmp_path / "a.png")
     other = next(split for split in COURSE if split != split_by_name("a.png"))
-    with pytest.raises(DataError, match=f"none of its 1 pictures is in split '{other}'"):
+    with pytest.raises(DataError, match=f"none of its 1 images is in split '{other}'"):
         ImageFolder(tmp_path, split=other)
 
 
 def test_open_dataset(celeba, coco):
-    assert isinstance(open_dataset("toy", None, "unseen", 8), ToyCOCO)
+    assert isinstance(open_dataset("toy", None, "unseen_pairs", 8), ToyCOCO)
     assert open_dataset("toy-faces", None, "test", 8, keys=["segmentation"])[0]["segmentation"].shape == (8, 8)
     assert open_dataset("coco", coco, "train", 8, keys=["caption"])[0].keys() == {"caption"}
     assert open_dataset("celeba", celeba, "test", 8)[0]["image"].shape == (3, 8, 8)
@@ -639,7 +639,7 @@ def masks_of(packed: dict) -> np.ndarray:
 
 
 def test_maps_and_boxes_lie_where_the_picture_is(tmp_path):
-    """A white rectangle in a black picture, with its box, its polygon and its segment: all fall on the same pixels."""
+    """A white rectangle in a black image, with its box, its polygon and its segment: all fall on the same pixels."""
     root, rng = tmp_path / "coco", np.random.default_rng(0)
     maps = root / "annotations" / "panoptic_val2017"
     maps.mkdir(parents=True)
@@ -704,7 +704,7 @@ def test_opening_reads_no_picture(celeba, coco, monkeypatch):
         file.write_bytes(b"")
 
     def never(*args, **kwargs):
-        raise AssertionError("a picture was opened")
+        raise AssertionError("an image was opened")
 
     monkeypatch.setattr(Image, "open", never)
     opened = [CelebA(celeba), COCO(coco), ImageFolder(celeba)]
@@ -736,7 +736,7 @@ def test_real_coco_with_everything(real_data):
     folder = real(real_data, "coco")
     dataset = COCO(folder, size=64, keys=tuple(COCO.known_keys))
     if "instances" not in dataset.kinds or not len(dataset):
-        pytest.skip("no picture there has all annotations")
+        pytest.skip("no image there has all annotations")
     assert len(dataset.categories) == 80 and len(dataset.segment_names) == 134
     agree, total = 0, 0
     for sample in itertools.islice(dataset, 60):

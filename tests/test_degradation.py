@@ -1,4 +1,4 @@
-"""Degradations against Pillow and torchvision, one generator for each picture, and masks at their edges."""
+"""Degradations against Pillow and torchvision, one generator for each image, and masks at their edges."""
 
 import math
 from io import BytesIO
@@ -238,7 +238,7 @@ def test_strength_has_to_be_positive(strength):
 def test_each_picture_needs_a_generator_of_its_own():
     x, rng = pictures(2, 3, 8, 8), np.random.default_rng(0)
     for spoil in (lambda r: degrade(x, 2, r), lambda r: add_noise(x, 0.1, r)):
-        with pytest.raises(LDMError, match="there are 1 for 2 pictures"):
+        with pytest.raises(LDMError, match="there are 1 for 2 images"):
             spoil(streams(0))
         with pytest.raises(LDMError, match="twice"):
             spoil([rng, rng])
@@ -274,7 +274,7 @@ def test_shares_are_met(share):
     boxes = box_mask(48, rngs, share).mean((1, 2, 3))
     pixel = 0.5 / 48**2 + 1e-6
     assert share[0] - pixel <= strokes.min() and strokes.max() <= share[1] + pixel
-    side = 2 * 0.5 / 48  # half a pixel along each of two sides that are at most as long as the picture
+    side = 2 * 0.5 / 48  # half a pixel along each of two sides that are at most as long as the image
     assert share[0] - side <= boxes.min() and boxes.max() <= share[1] + side
 
 

@@ -1,4 +1,4 @@
-"""Pictures, curves and sliders: what is drawn, and what is refused."""
+"""Images, curves and sliders: what is drawn, and what is refused."""
 
 import math
 import subprocess
@@ -95,7 +95,7 @@ def test_what_is_no_picture_is_refused_by_name(images):
 
 
 def test_pil_wants_one():
-    with pytest.raises(LDMError, match="`image` should be one picture, not 2"):
+    with pytest.raises(LDMError, match="`image` should be one image, not 2"):
         to_pil(some(2))
 
 

@@ -632,7 +632,7 @@ def test_drives_quota_says_what_to_do_and_goes_on_from_there(server, celeba, tmp
 def test_files_put_there_by_hand_are_checked_and_used(server, celeba, tmp_path):
     root = tmp_path / "celeba"
     root.mkdir()
-    for name in celeba:  # beside the pictures' folder, as data/README.md says
+    for name in celeba:  # beside the images' folder, as data/README.md says
         (root / name).write_bytes(server.files[f"/{name}"])
     download_celeba(tmp_path, files=celeba)
     assert not server.asked and faces(tmp_path) == set(FACES)
@@ -672,7 +672,7 @@ def test_a_whole_official_list_stays_whole(server, celeba, tmp_path):
 
 def test_an_archive_without_the_pictures_is_said(server, celeba, tmp_path):
     celeba |= publish(server, {"img_align_celeba.zip": zipped({"other/000001.jpg": b""})})
-    with pytest.raises(DownloadError, match="lacks 20 pictures"):
+    with pytest.raises(DownloadError, match="lacks 20 images"):
         download_celeba(tmp_path, 20, files=celeba)
 
 
@@ -699,7 +699,7 @@ PHOTOS = {f"{i:012d}.jpg": picture(1000 + i) for i in range(80)}
 
 
 def coco_archives(server, **changes) -> dict[str, bytes]:
-    """COCO's archives in the official form; `changes` are made to every picture's entry."""
+    """COCO's archives in the official form; `changes` are made to every image's entry."""
     square = {"category_id": 7, "iscrowd": 0}
     boxed = square | {"area": 81.0, "bbox": [2.0, 3.0, 9.0, 9.0], "segmentation": [[2.0, 3.0, 11.0, 3.0, 11.0, 12.0]]}
     segment = square | {"id": 1, "bbox": [0, 0, 18, 22], "area": 396}

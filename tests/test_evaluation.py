@@ -25,7 +25,7 @@ def reader() -> SceneReader:
 
 
 def test_splits_do_not_share_captions_in_order():
-    first = {split: captions_of(split, 20) for split in ("train", "validation", "test", "unseen")}
+    first = {split: captions_of(split, 20) for split in ("train", "validation", "test", "unseen_pairs")}
     assert len({tuple(texts) for texts in first.values()}) == 4
     assert first["test"] == [ToyCOCO("test").describe(i)[1][0] for i in range(20)]
 
@@ -74,7 +74,7 @@ def test_nothing_is_chosen_on_test(model, reader):
 def first_stage(kind):
     torch.manual_seed(0)
     shape = dict(channels=8, multipliers=(1, 2, 2), blocks=1, latent_channels=3, attention=False, groups=4)
-    stage = kind(**shape, **({"codes": 32} if kind is AutoencoderVQ else {"scale_factor": 0.5})).eval()
+    stage = kind(**shape, **({"num_codes": 32} if kind is AutoencoderVQ else {"scale_factor": 0.5})).eval()
     torch.nn.init.normal_(stage.decoder.conv_out.weight, std=0.3)  # some values come back beyond the range
     if kind is AutoencoderVQ:
         torch.nn.init.normal_(stage.quantize.embedding.weight, std=0.3)
@@ -94,7 +94,7 @@ def distance():
 
 @pytest.mark.parametrize("kind", [AutoencoderKL, AutoencoderVQ])
 def test_a_first_stage_is_scored_picture_by_picture(kind, images, distance):
-    """Against one picture at a time, with other people's PSNR and SSIM, and standard errors written out."""
+    """Against one image at a time, with other people's PSNR and SSIM, and standard errors written out."""
     from torchmetrics.functional.image import structural_similarity_index_measure as their_ssim
 
     stage, rows, chosen = first_stage(kind), [], []
@@ -117,13 +117,13 @@ def test_a_first_stage_is_scored_picture_by_picture(kind, images, distance):
         assert mean.value == pytest.approx(column.mean().item(), rel=1e-3, abs=1e-4)
         error = ((column - column.mean()).square().sum() / 6 / 7).sqrt()
         assert mean.error == pytest.approx(error.item(), rel=1e-2, abs=1e-5)
-    assert scores.pictures == 7 and scores.fewer == 3 * 4**2 / 3
+    assert scores.images == 7 and scores.fewer == 3 * 4**2 / 3
     if kind is AutoencoderKL:
         assert scores.usage is None and "entries used" not in str(scores)
         return
     shares = torch.bincount(torch.tensor(chosen)).double() / len(chosen)
     shares = shares[shares > 0]
-    assert scores.usage.used == len(set(chosen)) > 1 and scores.usage.codes == 32
+    assert scores.usage.used == len(set(chosen)) > 1 and scores.usage.num_codes == 32
     assert scores.usage.perplexity == pytest.approx((-(shares * shares.log()).sum()).exp().item(), rel=1e-4)
     assert f"{scores.usage.used} of 32" in str(scores)
 

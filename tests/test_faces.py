@@ -1,4 +1,4 @@
-"""The drawn faces: exact shapes and edges, attributes that can be seen, pictures that depend on the face alone."""
+"""The drawn faces: exact shapes and edges, attributes that can be seen, images that depend on the face alone."""
 
 import math
 from dataclasses import replace
@@ -166,7 +166,7 @@ def test_the_face_that_a_seed_gives_is_fixed():
     ]
 
 
-# ---- pictures
+# ---- images
 
 
 @pytest.mark.parametrize("size", [17, 64])
@@ -293,7 +293,7 @@ def test_every_kind_looks_different(trait):
 
 
 def test_layers_change_only_what_they_are_for():
-    """A layer for something that a face has not leaves its picture alone, also where others in the batch have it."""
+    """A layer for something that a face has not leaves its image alone, also where others in the batch have it."""
     plain, dressed = Face(style="bald"), Face(hat="brim", glasses="cat", mustache=True, goatee=True)
     d = blank([plain, dressed], 48)
     for layer in LAYERS:

@@ -16,13 +16,13 @@ from ldm_edu.evaluation.judge import (
     Reading,
     SceneReader,
     Share,
+    augment,
     decide,
     heat_map,
     prompt_accuracy,
     reader_accuracy,
     reader_loss,
     reader_targets,
-    spoil,
     verdict,
     what,
 )
@@ -93,11 +93,11 @@ def test_the_heat_is_one_at_a_middle_and_nowhere_more():
 
 def test_a_reader_survives_its_file(tmp_path):
     reader = SceneReader((16, 24, 32)).eval()
-    reader.made = {"scores": {"drawn": "none"}}
+    reader.provenance = {"scores": {"drawn": "none"}}
     reader.save_pretrained(tmp_path / "reader")
     again = SceneReader.from_pretrained(tmp_path / "reader")
     x = torch.randn(2, 3, 64, 64)
-    assert again.made == reader.made and torch.equal(again(x).segmentation, reader(x).segmentation)
+    assert again.provenance == reader.provenance and torch.equal(again(x).segmentation, reader(x).segmentation)
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 1, 64, 64), (2, 3, 64, 65)])
@@ -108,10 +108,10 @@ def test_pictures_of_another_size_are_refused(shape):
 
 def test_spoiled_pictures_depend_on_their_own_numbers_only():
     x, u, noise = render(drawn(5)), torch.rand(5, 2), torch.randn(5, 3, 64, 64)
-    whole = spoil(x, u, noise)
+    whole = augment(x, u, noise)
     for i in range(5):
         torch.testing.assert_close(
-            spoil(x[i : i + 1], u[i : i + 1], noise[i : i + 1]), whole[i : i + 1], atol=1e-6, rtol=0
+            augment(x[i : i + 1], u[i : i + 1], noise[i : i + 1]), whole[i : i + 1], atol=1e-6, rtol=0
         )
     assert whole.abs().max() <= 1
 

@@ -12,16 +12,16 @@ from ldm_edu.evaluation.features import ToyFeatures, thing_targets
 from ldm_edu.evaluation.judge import SceneReader
 from ldm_edu.first_stage.autoencoder import AutoencoderKL
 from ldm_edu.first_stage.quantization import AutoencoderVQ
-from ldm_edu.training.dispatch import cook
+from ldm_edu.training.dispatch import train
 from ldm_edu.training.judge import (
-    named_right,
-    reader_draws,
+    balanced_accuracy,
+    pack_targets,
+    reader_randomness,
     reader_scores,
-    targets_of,
-    through,
+    reconstruct_some,
     train_features,
     train_reader,
-    unpacked,
+    unpack_targets,
 )
 from ldm_edu.training.recipes import SCENE_READER, TOY_FEATURES, find_recipe
 
@@ -33,17 +33,17 @@ def tiny(recipe, steps: int = 4):
 
 
 def test_randomness_belongs_to_the_sample():
-    whole = reader_draws(0, 3, [5, 2, 9], (4, 8, 8))
-    alone = reader_draws(0, 3, [2], (4, 8, 8))
+    whole = reader_randomness(0, 3, [5, 2, 9], (4, 8, 8))
+    alone = reader_randomness(0, 3, [2], (4, 8, 8))
     assert all(torch.equal(whole[name][1:2], alone[name]) for name in whole)
-    assert not torch.equal(reader_draws(0, 4, [2], (4, 8, 8))["noise"], alone["noise"])
+    assert not torch.equal(reader_randomness(0, 4, [2], (4, 8, 8))["noise"], alone["noise"])
 
 
 def test_the_share_that_goes_through_a_first_stage_is_the_share_asked_for():
     stage = LatentDiffusion.from_pretrained("toy-text2image").first_stage
     images, noise = torch.rand(16, 3, 64, 64) * 2 - 1, torch.zeros(16, 4, 8, 8)
     u = torch.stack([torch.arange(16) / 16, torch.zeros(16), torch.zeros(16)], 1)
-    out = through([stage], images, u, noise, share=0.25, most=0.0)
+    out = reconstruct_some([stage], images, u, noise, share=0.25, most=0.0)
     changed = (out != images).flatten(1).any(1)
     assert changed.tolist() == [True] * 4 + [False] * 12
     with torch.no_grad():
@@ -54,20 +54,20 @@ def two_first_stages() -> tuple[AutoencoderKL, AutoencoderVQ]:
     """Their latents have 2 × 16² and 3 × 32² numbers."""
     torch.manual_seed(0)
     kl = AutoencoderKL(8, (1, 1, 1), 1, 2, attention=False, groups=4, scale_factor=0.7)
-    return kl.eval(), AutoencoderVQ(8, (1, 1), 1, 3, codes=64, attention=False, groups=4).eval()
+    return kl.eval(), AutoencoderVQ(8, (1, 1), 1, 3, num_codes=64, attention=False, groups=4).eval()
 
 
 @torch.no_grad()
 def test_pictures_go_through_first_stages_of_different_shapes():
-    """Each picture through its own, with the first of its numbers as noise, whatever the batch holds besides."""
+    """Each image through its own, with the first of its numbers as noise, whatever the batch holds besides."""
     kl, vq = two_first_stages()
     assert kl.latent_channels != vq.latent_channels and kl.f != vq.f
     torch.nn.init.normal_(vq.quantize.embedding.weight)
     images, u = torch.rand(6, 3, 64, 64) * 2 - 1, torch.tensor([0.0, 0.0, 0.5]).repeat(6, 1)
     u[:, 1] = torch.tensor([0.0, 0.99, 0.49, 0.51, 0.2, 0.8])  # under a half: the first of the two
     u[4:, 0] = 0.9  # not at all
-    noise = reader_draws(0, 0, range(6), (3 * 32 * 32,))["latent_noise"]
-    out = through([kl, vq], images, u, noise, share=0.25, most=0.6)
+    noise = reader_randomness(0, 0, range(6), (3 * 32 * 32,))["latent_noise"]
+    out = reconstruct_some([kl, vq], images, u, noise, share=0.25, most=0.6)
     for i, (stage, shape) in enumerate([(kl, (2, 16, 16)), (vq, (3, 32, 32)), (kl, (2, 16, 16)), (vq, (3, 32, 32))]):
         own = noise[i, : shape[0] * shape[1] * shape[2]].reshape(1, *shape)
         expected = stage.decode(stage.encode(images[i : i + 1]) + 0.6 * 0.5 * own).clamp(-1, 1)
@@ -78,7 +78,7 @@ def test_pictures_go_through_first_stages_of_different_shapes():
 
 def test_targets_survive_being_kept_small():
     scenes = [ToyCOCO("test").describe(i)[0] for i in range(8)]
-    kept = unpacked(targets_of(scenes), [3, 0])
+    kept = unpack_targets(pack_targets(scenes), [3, 0])
     assert kept["shape"].shape == (2, 3) and kept["segmentation"].dtype == torch.int64
     assert int((kept["shape"][0] >= 0).sum()) == len(scenes[3].things)
 
@@ -90,17 +90,17 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(recipe, train, tmp_pa
     how = {"device": "cpu", "precision": "fp32", "every": 2, "cache_dir": tmp_path / "cache"}
     monkeypatch.setattr(module, "reader_scores", lambda reader, stages, n=1024: {"drawn": "not asked here"})
     straight = train(tiny(recipe), tmp_path / "straight", **how)
-    whole = module.order
+    whole = module.batch_indices
 
     def mortal(seed, step, batch_size, n):
         if step == 3:
             raise RuntimeError("the power goes")
         return whole(seed, step, batch_size, n)
 
-    monkeypatch.setattr(module, "order", mortal)
+    monkeypatch.setattr(module, "batch_indices", mortal)
     with pytest.raises(RuntimeError, match="power"):
         train(tiny(recipe), tmp_path / "broken", save_every=0.0, **how)
-    monkeypatch.setattr(module, "order", whole)
+    monkeypatch.setattr(module, "batch_indices", whole)
     resumed = train(tiny(recipe), tmp_path / "broken", resume=True, **how)
     a, b = straight.state_dict(), resumed.state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
@@ -115,13 +115,13 @@ def test_what_was_measured_is_in_the_config(tmp_path):
     recipe = replace(tiny(SCENE_READER), first_stages=tuple(names))
     reader = train_reader(recipe, tmp_path / "run", judged_on=8, device="cpu", every=2)
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
-    assert "n = 32" in config["made"]["scores"]["reconstructions"]  # 8 of each split, through each first stage
-    assert config["made"]["steps"] == 4 and set(config["made"]["scores"]) == {
+    assert "n = 32" in config["provenance"]["scores"]["reconstructions"]  # 8 of each split, through each first stage
+    assert config["provenance"]["steps"] == 4 and set(config["provenance"]["scores"]) == {
         "drawn",
         "unseen pairs",
         "reconstructions",
     }
-    assert SceneReader.from_pretrained(tmp_path / "run" / "model").made["scores"] == reader.made["scores"]
+    assert SceneReader.from_pretrained(tmp_path / "run" / "model").provenance["scores"] == reader.provenance["scores"]
 
 
 def test_an_untrained_judge_reads_nothing_right():
@@ -145,12 +145,12 @@ def test_naming_counts_presence_and_absence_apart():
              "scene": torch.cat([torch.ones(30), torch.zeros(30)])}  # fmt: skip
     right = {"things": things * 2 - 1, "attributes": attributes * 2 - 1}
     nothing = {"things": -torch.ones_like(things), "attributes": -torch.ones_like(attributes)}
-    assert named_right(Known(right), batch) == {"things": 1.0, "attributes": 1.0}
-    assert named_right(Known(nothing), batch) == {"things": 0.5, "attributes": 0.5}
+    assert balanced_accuracy(Known(right), batch) == {"things": 1.0, "attributes": 1.0}
+    assert balanced_accuracy(Known(nothing), batch) == {"things": 0.5, "attributes": 0.5}
 
 
 def test_cook_finds_the_right_pot(tmp_path):
-    features = cook(tiny(TOY_FEATURES, 1), tmp_path / "features", device="cpu")
-    assert isinstance(features, ToyFeatures) and features.made["recipe"]["kind"] == "toy features"
+    features = train(tiny(TOY_FEATURES, 1), tmp_path / "features", device="cpu")
+    assert isinstance(features, ToyFeatures) and features.provenance["recipe"]["kind"] == "toy features"
     demo = find_recipe("toy-demo").shortened(1)
-    assert isinstance(cook(demo, tmp_path / "demo", device="cpu"), LatentDiffusion)
+    assert isinstance(train(demo, tmp_path / "demo", device="cpu"), LatentDiffusion)

@@ -16,7 +16,7 @@ def first_stage(kind: str):
     shape = dict(channels=16, multipliers=(1, 2), blocks=1, latent_channels=2, attention=False, groups=8)
     if kind == "kl":
         return AutoencoderKL(**shape, scale_factor=0.5)
-    vq = AutoencoderVQ(**shape, codes=32)
+    vq = AutoencoderVQ(**shape, num_codes=32)
     torch.nn.init.normal_(vq.quantize.embedding.weight)  # as far apart as the latents that are sampled
     return vq
 
@@ -56,12 +56,12 @@ def test_the_prompt_and_the_scale_matter():
 @pytest.mark.parametrize("text", [True, False])
 def test_saved_and_loaded(text, kind, tmp_path):
     model = small(text, kind)
-    model.made = {"recipe": "none"}
+    model.provenance = {"recipe": "none"}
     model.save_pretrained(tmp_path)
     again = LatentDiffusion.from_pretrained(tmp_path)
     question = dict(prompts="red ball") if text else dict(n=2)
     assert torch.equal(model.sample(**question, steps=2), again.sample(**question, steps=2))
-    assert again.made == model.made and again.schedule == model.schedule
+    assert again.provenance == model.provenance and again.schedule == model.schedule
     assert type(again.first_stage) is type(model.first_stage) and not again.first_stage.training
     assert again.first_stage.scale_factor == {"kl": 0.5, "vq": 1.0, "identity": 1.0}[kind]
 

@@ -15,7 +15,7 @@ from ldm_edu.first_stage.quantization import AutoencoderVQ, VectorQuantizer
 
 
 def pair(b: int = 3, side: int = 16) -> tuple[Tensor, Tensor]:
-    """Pictures and bad reconstructions of them, in float64."""
+    """Images and bad reconstructions of them, in float64."""
     generator = torch.Generator().manual_seed(0)
     x, wrong = (torch.rand(b, 3, side, side, generator=generator, dtype=torch.float64) * 2 - 1 for _ in range(2))
     return x, 0.7 * x + 0.3 * wrong
@@ -153,15 +153,15 @@ def test_an_adversary_is_asked_about_nearness_and_its_share_is_added(means):
 
     def adversary(*args):
         heard.append(args)
-        return torch.tensor(7.0), {"critic": torch.tensor(2.0)}
+        return torch.tensor(7.0), {"d_loss": torch.tensor(2.0)}
 
     loss = FirstStageLoss(0.1, 1.0, far, means=means)
     without, terms = loss(x, y, posterior)
     with_one, more = loss(x, y, posterior, adversary)
     same(with_one, without + 7.0)
-    assert list(more) == [*terms, "critic"] and more["critic"] == 2.0
+    assert list(more) == [*terms, "d_loss"] and more["d_loss"] == 2.0
     ((near, pictures, reconstruction),) = heard
-    same(near, loss.near(x, y)[0])
+    same(near, loss.rec_loss(x, y)[0])
     assert pictures is x and reconstruction is y
 
 
@@ -179,7 +179,7 @@ def perceptual(request):
 def small(kind):
     torch.manual_seed(0)
     shape = dict(channels=8, multipliers=(1, 2), blocks=1, latent_channels=2, attention=False, groups=4)
-    return kind(**shape, **({"codes": 16} if kind is AutoencoderVQ else {})).eval()
+    return kind(**shape, **({"num_codes": 16} if kind is AutoencoderVQ else {})).eval()
 
 
 @pytest.mark.parametrize("kind", [AutoencoderKL, AutoencoderVQ])

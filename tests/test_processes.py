@@ -12,7 +12,7 @@ from small_runs import Child, cook, of_stages, tiny, tiny_autoencoder, weights
 
 import ldm_edu.training.stages as training
 from ldm_edu.checkpoints import load_notes
-from ldm_edu.training.loop import order
+from ldm_edu.training.loop import batch_indices
 
 # What each of the processes runs: as a script, since that is what `accelerate launch` starts.
 SCRIPT = """
@@ -29,14 +29,14 @@ def cook_and_tell(folder: str, **training_options) -> None:
     """Twenty steps of both stages in float64; writes down which samples this process has drawn noise for."""
     from pathlib import Path
 
-    whole, told, rank = training.draws, [], os.environ.get("RANK", "0")
+    whole, told, rank = training.step_randomness, [], os.environ.get("RANK", "0")
 
     def draws(seed, step, indices, *args):
         told.append([seed, step, list(indices)])
         return whole(seed, step, indices, *args)
 
-    training.draws = draws
-    cook(Path(folder), of_stages(tiny(20), **training_options), precision="fp64", every=20, looks=0, save_every=1e9)
+    training.step_randomness = draws
+    cook(Path(folder), of_stages(tiny(20), **training_options), precision="fp64", every=20, sample_every=0, save_every=1e9)
     Path(f"{folder}.{rank}.json").write_text(json.dumps(told))
 
 
@@ -45,10 +45,10 @@ def cook_in_pieces(folder: str) -> None:
 
 
 def cook_autoencoder(folder: str) -> None:
-    """Ten steps of a first stage with codebook and critic, in float64; the critic plays in the last six."""
+    """Ten steps of a first stage with codebook and discriminator, in float64; the discriminator plays in the last six."""
     from pathlib import Path
 
-    cook(Path(folder), tiny_autoencoder(10, start=4), precision="fp64", every=10, looks=0, save_every=1e9)
+    cook(Path(folder), tiny_autoencoder(10, start=4), precision="fp64", every=10, sample_every=0, save_every=1e9)
 
 
 def in_one(do, folder) -> None:
@@ -99,7 +99,7 @@ def test_two_processes_give_the_weights_of_one(alone, tmp_path):
             (mine,), (theirs,) = (
                 [i for s, k, i in share if (s, k) == (seed, step) and len(i) == 2] for share in shares
             )
-            batch = order(seed, step, 4, 24)
+            batch = batch_indices(seed, step, 4, 24)
             assert sorted(mine + theirs) == sorted(batch) and mine == batch[::2]
     (a, b) = ([json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (alone, folder))
     for one, other in zip(a, b, strict=True):  # the log speaks of whole batches, too
@@ -107,7 +107,7 @@ def test_two_processes_give_the_weights_of_one(alone, tmp_path):
 
 
 def test_two_processes_agree_on_a_critic(tmp_path):
-    """λ is that of the whole batch, so the weights of both opponents are those of one process. Half of the batch has
+    """λ is that of the whole batch, so the weights of both clip_groups are those of one process. Half of the batch has
     another λ: that is seen where the gradients are not averaged."""
     in_one(cook_autoencoder, tmp_path / "one")
     in_two(cook_autoencoder, tmp_path / "two")

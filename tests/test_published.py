@@ -33,8 +33,8 @@ from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage
 STABLE_DIFFUSION = dict(channels=128, multipliers=(1, 2, 4, 4), blocks=2, latent_channels=4)
 PAPER = [  # of table 8, with the attention of the released configurations
     dict(channels=128, multipliers=(1, 2, 4), latent_channels=3),
-    dict(channels=128, multipliers=(1, 2, 4), latent_channels=3, attention=False, codes=8192),
-    dict(channels=128, multipliers=(1, 2, 2, 4), latent_channels=4, attention_factors=(8,), codes=16384),
+    dict(channels=128, multipliers=(1, 2, 4), latent_channels=3, attention=False, num_codes=8192),
+    dict(channels=128, multipliers=(1, 2, 2, 4), latent_channels=4, attention_factors=(8,), num_codes=16384),
     dict(channels=128, multipliers=(1, 1, 2, 2, 4), latent_channels=16, attention_factors=(16,)),
     dict(channels=128, multipliers=(1, 1, 2, 2, 4, 4), latent_channels=64, attention_factors=(16, 32)),
 ]
@@ -53,7 +53,7 @@ def random_config(seed: int, vq: bool = False) -> dict:
         attention_factors=tuple(2**i for i in range(levels) if rng.random() < 0.4),
         groups=groups,
     )
-    return config | (dict(codes=rng.randint(2, 300)) if vq else {})
+    return config | (dict(num_codes=rng.randint(2, 300)) if vq else {})
 
 
 def pair(seed: int, vq: bool = False):
@@ -77,7 +77,7 @@ def pair(seed: int, vq: bool = False):
         latent_channels=config["latent_channels"],
         mid_block_add_attention=config["attention"],
         norm_num_groups=config["groups"],
-        **(dict(num_vq_embeddings=config["codes"]) if vq else {}),
+        **(dict(num_vq_embeddings=config["num_codes"]) if vq else {}),
     ).eval()
     return ours, theirs
 
@@ -97,7 +97,7 @@ def assert_near(ours: torch.Tensor, theirs: torch.Tensor) -> None:
 
 
 def sizes(seed: int, f: int) -> list[tuple[int, int]]:
-    """Pictures whose latents are not square and have odd sides."""
+    """Images whose latents are not square and have odd sides."""
     rng = random.Random(seed)
     return [(f * 5, f * 3), (f * rng.choice([1, 3]), f * rng.choice([2, 5]))]
 
@@ -187,7 +187,7 @@ def test_agrees_with_diffusers_own_conversion_of_released_names(seed):
 @pytest.mark.parametrize("config", [random_config(seed, seed % 2 == 1) for seed in range(20)] + PAPER, ids=str)
 def test_there_and_back(config):
     with torch.device("meta"):
-        tensors = (AutoencoderVQ if "codes" in config else AutoencoderKL)(**config).state_dict()
+        tensors = (AutoencoderVQ if "num_codes" in config else AutoencoderKL)(**config).state_dict()
     back = from_diffusers(to_diffusers(tensors))
     assert {name: x.shape for name, x in back.items()} == {name: x.shape for name, x in tensors.items()}
     released = from_released(tensors)
@@ -198,7 +198,7 @@ def test_there_and_back(config):
         "attention": config.get("attention", True),
         "attention_factors": config.get("attention_factors", ()),
     }
-    assert ("codes" in read) == ("codes" in config)
+    assert ("num_codes" in read) == ("num_codes" in config)
 
 
 def test_there_and_back_keeps_every_number():
@@ -381,7 +381,7 @@ def test_a_silent_diffusers_config_means_what_it_means_to_diffusers(tmp_path):
 
 
 def test_legacy_is_kept_for_a_codebook(tmp_path):
-    save_diffusers(AutoencoderVQ(8, (1, 2), 1, 2, codes=16, groups=4), tmp_path)
+    save_diffusers(AutoencoderVQ(8, (1, 2), 1, 2, num_codes=16, groups=4), tmp_path)
     assert load_published(tmp_path, legacy=True).quantize.legacy and not load_published(tmp_path).quantize.legacy
     with pytest.raises(CheckpointError, match=r"scale_factor=0\.18215.*not rescaled"):
         load_published(tmp_path, scale_factor=0.18215)

@@ -36,8 +36,8 @@ def test_equals_diffusers(seed, legacy):
 
     ours, z = random_case(seed)
     ours.legacy = legacy
-    codes, channels = ours.embedding.weight.shape
-    theirs = Theirs(codes, channels, beta=ours.commitment, legacy=legacy, sane_index_shape=True)
+    num_codes, channels = ours.embedding.weight.shape
+    theirs = Theirs(num_codes, channels, beta=ours.commitment, legacy=legacy, sane_index_shape=True)
     theirs.load_state_dict(ours.state_dict())
     mine = ours(z)
     z_q, loss, (_, _, indices) = theirs(z)
@@ -94,30 +94,30 @@ def test_half_precision_latents_choose_as_float32_does():
     assert quantize(half).z.dtype == quantize(half).loss.dtype == torch.float32
 
 
-@pytest.mark.parametrize("codes", [1, 2, 17, 400])
-def test_usage_counts_what_numpy_counts(codes):
-    indices = torch.randint(codes, (3, 5, 7), generator=torch.Generator().manual_seed(codes))
-    usage, values = codebook_usage(indices, codes), indices.flatten().tolist()
+@pytest.mark.parametrize("num_codes", [1, 2, 17, 400])
+def test_usage_counts_what_numpy_counts(num_codes):
+    indices = torch.randint(num_codes, (3, 5, 7), generator=torch.Generator().manual_seed(num_codes))
+    usage, values = codebook_usage(indices, num_codes), indices.flatten().tolist()
     shares = [values.count(value) / len(values) for value in set(values)]
-    assert usage.used == len(shares) and usage.codes == codes
+    assert usage.used == len(shares) and usage.num_codes == num_codes
     assert math.isclose(usage.perplexity, math.exp(-sum(p * math.log(p) for p in shares)), rel_tol=1e-4)
     assert 1 - 1e-5 <= usage.perplexity <= usage.used * (1 + 1e-5)
 
 
-@pytest.mark.parametrize("codes", [3, 60])  # fewer than there are vectors, and more
-def test_start_from_puts_every_entry_on_a_vector(codes):
+@pytest.mark.parametrize("num_codes", [3, 60])  # fewer than there are vectors, and more
+def test_start_from_puts_every_entry_on_a_vector(num_codes):
     torch.manual_seed(0)
-    quantize, z = VectorQuantizer(codes, 4), torch.randn(2, 4, 5, 4)
-    quantize.start_from(z)
+    quantize, z = VectorQuantizer(num_codes, 4), torch.randn(2, 4, 5, 4)
+    quantize.init_from_data(z)
     vectors = set(map(tuple, z.permute(0, 2, 3, 1).reshape(-1, 4).tolist()))
     entries = list(map(tuple, quantize.embedding.weight.tolist()))
-    assert len(entries) == codes and set(entries) <= vectors
+    assert len(entries) == num_codes and set(entries) <= vectors
     assert quantize.embedding.weight.requires_grad
-    assert codebook_usage(quantize(z).indices, codes).used == len(set(entries))
+    assert codebook_usage(quantize(z).indices, num_codes).used == len(set(entries))
 
 
 def test_a_codebook_has_an_entry():
-    with pytest.raises(LDMError, match="codes=0"):
+    with pytest.raises(LDMError, match="num_codes=0"):
         VectorQuantizer(0, 3)
 
 
@@ -127,7 +127,7 @@ def test_a_codebook_has_an_entry():
 @pytest.fixture
 def small() -> AutoencoderVQ:
     torch.manual_seed(0)
-    return AutoencoderVQ(8, (1, 2), 1, 3, codes=16, groups=4).eval()
+    return AutoencoderVQ(8, (1, 2), 1, 3, num_codes=16, groups=4).eval()
 
 
 def test_latents_are_taken_before_quantisation_and_decoding_quantises(small):
@@ -174,7 +174,7 @@ def test_the_identity_is_one():
 
 KINDS = {
     "KL": lambda: AutoencoderKL(8, (1, 2), 1, 2, groups=4, scale_factor=0.3, attention_factors=(2,)),
-    "VQ": lambda: AutoencoderVQ(8, (1, 2), 1, 2, codes=5, groups=4, legacy=True),
+    "VQ": lambda: AutoencoderVQ(8, (1, 2), 1, 2, num_codes=5, groups=4, legacy=True),
     "identity": IdentityFirstStage,
 }
 
@@ -184,7 +184,7 @@ KINDS = {
 def test_every_kind_is_saved_and_found_again(tmp_path, kind, inside):
     torch.manual_seed(0)
     model, x = KINDS[kind]().eval(), torch.rand(1, 3, 8, 8)
-    model.made = {"steps": 3}
+    model.provenance = {"steps": 3}
     model.save_pretrained(tmp_path / inside)
     if inside:  # a whole model: its own config beside the part
         save_json({"size": 64}, tmp_path / "config.json")
@@ -208,7 +208,7 @@ def test_a_part_may_be_named(tmp_path):
     [
         ({}, "config.json is missing"),
         ({"config.json": "{"}, "config.json is not JSON"),
-        ({"config.json": '{"codes": 5, "colour": 1}', "model.safetensors": ""}, "model.safetensors"),
+        ({"config.json": '{"num_codes": 5, "colour": 1}', "model.safetensors": ""}, "model.safetensors"),
         ({"config.json": '{"channels": 8, "multipliers": [1], "groups": 4}'}, "model.safetensors is missing"),
     ],
 )
@@ -221,7 +221,7 @@ def test_a_folder_that_holds_no_first_stage(tmp_path, files, match):
 
 def test_weights_of_another_first_stage_are_refused(tmp_path, small):
     small.save_pretrained(tmp_path)
-    config = small.config | {"codes": 17}
+    config = small.config | {"num_codes": 17}
     (tmp_path / "config.json").unlink()
     save_json(config, tmp_path / "config.json")
     with pytest.raises(CheckpointError, match=r"model\.safetensors does not fit AutoencoderVQ"):

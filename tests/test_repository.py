@@ -206,7 +206,7 @@ def test_checked_outputs_are_text(path):
         if re.search(r"^\s*#\s*NBVAL_CHECK_OUTPUT\s*$", cell["source"], re.M):
             assert cell["outputs"], "NBVAL_CHECK_OUTPUT on a cell without output"
             assert "image/png" not in {kind for o in cell["outputs"] for kind in o.get("data", {})}, (
-                "a picture is checked"
+                "an image is checked"
             )
 
 

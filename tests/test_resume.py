@@ -30,18 +30,18 @@ def straight(tmp_path_factory):
 def log(folder):
     """The log's lines, with what does not depend on the clock, or on when the mean of the loss was begun anew."""
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-    kept = ("stage", "step", "unseen", "psnr", "codes_used", "perplexity")
+    kept = ("stage", "step", "held_out", "psnr", "codes_used", "perplexity")
     return [{k: line[k] for k in kept if k in line} for line in lines]
 
 
 def files(folder):
-    """All files of a run but the pictures' cache, hidden ones too."""
+    """All files of a run but the images' cache, hidden ones too."""
     found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     return {name for name in found if not name.startswith("cache")}
 
 
 def assert_same_run(folder, straight):
-    """Weights, averages, optimiser, log, pictures and list of files are those of the undisturbed run."""
+    """Weights, averages, optimiser, log, images and list of files are those of the undisturbed run."""
     assert not differences(weights(straight), weights(folder))
     assert log(folder) == log(straight)
     assert files(folder) == files(straight)
@@ -135,7 +135,7 @@ def one_step_a_life(folder, recipe) -> None:
 
 
 def test_a_first_stage_with_a_critic_killed_after_every_step(tmp_path):
-    """The codebook, both opponents, and the memory of their optimiser; the critic's first step lies in the middle."""
+    """The codebook, both clip_groups, and the memory of their optimiser; the discriminator's first step lies in the middle."""
     recipe, output = tiny_autoencoder(steps=6, start=3), tmp_path / "output"
     child = Child(cook, tmp_path / "straight", recipe, output=output)
     assert child.wait() == 0, child.said()
@@ -190,7 +190,7 @@ def cook_and_halt_twice(folder) -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
-    training.show_progress = impatient
+    training.save_samples = impatient
     cook(folder)
 
 

@@ -275,7 +275,7 @@ def test_chunks_and_company_change_no_truth():
 
 
 def test_truth_of_any_size_is_the_truth_of_the_same_scene():
-    """Each third pixel of a picture three times as large has the same centre."""
+    """Each third pixel of an image three times as large has the same centre."""
     scenes = random_scenes(10, seed=9)
     small, large = truth(scenes, 30), truth(scenes, 90)
     same = small["segmentation"] == large["segmentation"][:, 1::3, 1::3]
@@ -284,7 +284,7 @@ def test_truth_of_any_size_is_the_truth_of_the_same_scene():
 
 
 def test_the_picture_shows_the_truth():
-    """Without light and shadow a colour says which thing it is: compare the raw colours of a picture with the masks."""
+    """Without light and shadow a colour says which thing it is: compare the raw colours of an image with the masks."""
     for scene in random_scenes(10, seed=10):
         masks = truth([scene], 32)["instances"][0]
         image = (render([scene], 32, oversample=1)[0] + 1) / 2

@@ -54,7 +54,7 @@ def test_the_model_predicts_noise_better_with_its_caption(model):
 
 
 def mean_colour(images: torch.Tensor) -> torch.Tensor:
-    "How far the pictures lean towards red, green and blue, each against the grey of its pixels, (b, 3)."
+    "How far the images lean towards red, green and blue, each against the grey of its pixels, (b, 3)."
     return (images - images.mean(1, keepdim=True)).mean((2, 3))
 
 
@@ -67,11 +67,11 @@ def test_a_colour_that_is_asked_for_is_drawn(model):
 
 
 def test_it_says_how_it_was_made_and_by_a_recipe_that_exists(model):
-    recipe = recipe_from_dict(model.made["recipe"])
+    recipe = recipe_from_dict(model.provenance["recipe"])
     assert recipe == find_recipe(NAME)
     for stage in ("first_stage", "diffusion"):
-        assert {"steps", "seconds", "device"} <= set(model.made[stage])
-        assert model.made[stage]["steps"] == getattr(recipe, stage).training.steps
+        assert {"steps", "seconds", "device"} <= set(model.provenance[stage])
+        assert model.provenance[stage]["steps"] == getattr(recipe, stage).training.steps
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +83,9 @@ def reader() -> SceneReader:
     ("stage", "split", "n"),
     [
         (NAME, "test", 2048),
-        (NAME, "unseen", 2048),
+        (NAME, "unseen_pairs", 2048),
         ("toy-kl-f4", "test", 512),
-        ("toy-kl-f4", "unseen", 512),
+        ("toy-kl-f4", "unseen_pairs", 512),
         ("toy-vq-f4", "test", 512),  # of pairs that it has not seen its codebook loses more: 95.9 % (93.8 to 97.3)
     ],
 )
@@ -102,14 +102,14 @@ def test_the_judge_reads_scenes_and_their_reconstructions(reader, stage, split, 
 
 @pytest.mark.parametrize("stage", ["toy-kl-f4", "toy-vq-f4"])
 def test_first_stages_give_unseen_scenes_back(stage):
-    """At f = 4 better than the f = 8 stage of the same pictures."""
+    """At f = 4 better than the f = 8 stage of the same images."""
     first_stage, finer = load_first_stage(stage), load_first_stage(NAME)
     x = collate(ToyCOCO("test").__getitems__(range(128)))["image"]
     with torch.no_grad():
         assert psnr(first_stage.reconstruct(x), x).mean() > psnr(finer.reconstruct(x), x).mean()
-    recipe = recipe_from_dict(first_stage.made["recipe"])
-    assert recipe == find_recipe(stage) and first_stage.made["steps"] == recipe.steps
-    assert {"seconds", "device", "psnr"} <= set(first_stage.made)
+    recipe = recipe_from_dict(first_stage.provenance["recipe"])
+    assert recipe == find_recipe(stage) and first_stage.provenance["steps"] == recipe.steps
+    assert {"seconds", "device", "psnr"} <= set(first_stage.provenance)
 
 
 def test_kl_latents_have_unit_standard_deviation_and_vq_latents_use_the_codebook():
@@ -134,14 +134,14 @@ def test_the_judge_sees_what_and_how_far(reader):
 
 def test_most_captions_are_drawn(model, reader):
     """A part of what `ldm-edu evaluate` measures; all 512 captions stand in the model's config."""
-    scores = model.made["scores"]
+    scores = model.provenance["scores"]
     assert float(scores["test"]["every thing of the caption"].split()[0]) >= 80
     assert score_prompts(model, reader, captions_of("test", 64), scores["scale"]).prompts.share >= 0.8
 
 
 @pytest.mark.parametrize("name, cls", [("scene-reader", SceneReader), ("toy-features", ToyFeatures)])
 def test_the_others_say_how_they_were_made_too(name, cls):
-    made = cls.from_pretrained(name).made
+    made = cls.from_pretrained(name).provenance
     assert recipe_from_dict(made["recipe"]) == find_recipe(name)
     assert made["steps"] == find_recipe(name).training.steps and {"seconds", "device", "torch"} <= set(made)
 

@@ -22,7 +22,7 @@ from ldm_edu.first_stage.tiling import (
     tile_weights,
 )
 
-LEVEL = 2 / 255  # one grey level, where pictures are in [-1, 1]
+LEVEL = 2 / 255  # one grey level, where images are in [-1, 1]
 
 
 def small(kind: str = "kl", multipliers: tuple[int, ...] = (1, 2, 2), factors: tuple[int, ...] = ()) -> FirstStage:
@@ -31,7 +31,7 @@ def small(kind: str = "kl", multipliers: tuple[int, ...] = (1, 2, 2), factors: t
     shape = dict(
         channels=8, multipliers=multipliers, blocks=1, groups=4, latent_channels=3, attention_factors=factors
     )  # fmt: skip
-    model = AutoencoderVQ(codes=16, **shape) if kind == "vq" else AutoencoderKL(scale_factor=0.7, **shape)
+    model = AutoencoderVQ(num_codes=16, **shape) if kind == "vq" else AutoencoderKL(scale_factor=0.7, **shape)
     for parameter in model.parameters():
         parameter.data *= 1.5
     return model.eval()
@@ -208,7 +208,7 @@ def largest(model: nn.Module, run) -> int:
 
 @pytest.mark.parametrize("norms", NORMS)
 def test_activations_at_full_resolution_do_not_grow_with_the_picture(norms):
-    """Of a tile 8 numbers a pixel (encoder) and 16 (decoder); of the picture one: 16 channels at the latent's size."""
+    """Of a tile 8 numbers a pixel (encoder) and 16 (decoder); of the image one: 16 channels at the latent's size."""
     model = small()
     for side in (64, 256, 512):
         x, z = pictures(side, side), torch.randn(1, 3, side // 4, side // 4)

@@ -30,7 +30,7 @@ from ldm_edu.first_stage.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm_edu.first_stage.quantization import AutoencoderVQ, load_first_stage
 from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.training.latents import cached_latents
-from ldm_edu.training.loop import clip_gradients, draws, order
+from ldm_edu.training.loop import batch_indices, clip_gradients, step_randomness
 from ldm_edu.training.recipes import (
     RECIPES,
     AdversarialRecipe,
@@ -41,9 +41,9 @@ from ldm_edu.training.recipes import (
     recipe_from_dict,
     recipe_to_dict,
 )
-from ldm_edu.training.run import Run, begin, check_shares, make_accelerator, open_run, stages
-from ldm_edu.training.stages import run_stage, said, train, train_autoencoder
-from ldm_edu.training.state import checkpoint, make_state
+from ldm_edu.training.run import Run, check_batch_size, make_accelerator, open_run, prepare_folder, stage_trainings
+from ldm_edu.training.stages import pick_captions, run_stage, train_autoencoder, train_latent_diffusion
+from ldm_edu.training.state import make_state, state_file
 from ldm_edu.training.tasks import DiffusionTask, FirstStageTask, build_first_stage, perceptual_distance
 
 # What is random about a step -----------------------------------------------------------------------------------------
@@ -51,23 +51,23 @@ from ldm_edu.training.tasks import DiffusionTask, FirstStageTask, build_first_st
 
 @pytest.mark.parametrize("n, batch_size", [(7, 3), (10, 10), (5, 8), (1, 4)])
 def test_every_epoch_is_a_permutation(n, batch_size):
-    drawn = [i for step in range(3 * n) for i in order(3, step, batch_size, n)]
+    drawn = [i for step in range(3 * n) for i in batch_indices(3, step, batch_size, n)]
     for epoch in range(len(drawn) // n):
         assert sorted(drawn[epoch * n : (epoch + 1) * n]) == list(range(n))
 
 
 def test_draws_do_not_depend_on_the_batch():
-    whole = draws(1, 5, [4, 9, 2], (2, 3, 3))
+    whole = step_randomness(1, 5, [4, 9, 2], (2, 3, 3))
     for k, index in enumerate([4, 9, 2]):
-        alone = draws(1, 5, [index], (2, 3, 3))
+        alone = step_randomness(1, 5, [index], (2, 3, 3))
         assert all(torch.equal(whole[key][k : k + 1], alone[key]) for key in whole)
     for seed, step in ((1, 6), (2, 5)):
-        other = draws(seed, step, [4], (2, 3, 3))
+        other = step_randomness(seed, step, [4], (2, 3, 3))
         assert not any(torch.equal(other[key], whole[key][:1]) for key in whole)
 
 
 def test_noises_are_independent_of_each_other():
-    many = draws(0, 0, range(4000), (1,))
+    many = step_randomness(0, 0, range(4000), (1,))
     columns = torch.stack([many[key].flatten().double() for key in ("t", "u", "phrase", "noise", "latent_noise")])
     assert (torch.corrcoef(columns) - torch.eye(5)).abs().max() < 4 / 4000**0.5
 
@@ -77,7 +77,7 @@ def test_dropped_captions_are_the_null_condition():
     recipe = tiny()
     captions, shape = ["a big red ball", "a small blue cube"], (4, 8, 8)
     torch.manual_seed(0)
-    batch = draws(0, 0, [0, 1], shape) | {"z": torch.randn(2, *shape)}
+    batch = step_randomness(0, 0, [0, 1], shape) | {"z": torch.randn(2, *shape)}
     losses = {}
     for p in (0.0, 1.0):
         task = DiffusionTask(replace(recipe, diffusion=replace(recipe.diffusion, drop=p)))
@@ -91,13 +91,13 @@ def test_dropped_captions_are_the_null_condition():
 
 def test_every_phrasing_is_read_as_often():
     texts, phrase = [["a", "b", "c"], ["x"]], torch.rand(3000, generator=torch.Generator().manual_seed(0))
-    read = said(texts, [0] * 3000, phrase)["caption"]
+    read = pick_captions(texts, [0] * 3000, phrase)["caption"]
     assert all(abs(read.count(text) / 3000 - 1 / 3) < 0.04 for text in texts[0])
-    assert said(texts, [1, 1], phrase[:2]) == {"caption": ["x", "x"]} and said(None, [1], phrase[:1]) == {}
+    assert pick_captions(texts, [1, 1], phrase[:2]) == {"caption": ["x", "x"]} and pick_captions(None, [1], phrase[:1]) == {}
 
 
 def test_batches_are_pictures_latents_and_captions_that_belong_together(tmp_path, monkeypatch):
-    """What `train` hands to the loop, against the data set itself."""
+    """What `train_latent_diffusion` hands to the loop, against the data set itself."""
     batches = {}
 
     def no_training(run, stage, task, how, batch_at, validate, look, seed):
@@ -107,21 +107,21 @@ def test_batches_are_pictures_latents_and_captions_that_belong_together(tmp_path
     monkeypatch.setattr(training, "run_stage", no_training)
     recipe = tiny()
     model, data = cook(tmp_path / "run", recipe), ToyCOCO("train", size=16, keys=("image", "captions"))
-    seen, shape = order(recipe.seed, 3, 4, 24), (4, 8, 8)
+    seen, shape = batch_indices(recipe.seed, 3, 4, 24), (4, 8, 8)
     first = batches["first_stage"]
     bytes_of_pictures = ((torch.stack([data[i]["image"] for i in seen]) + 1) * 127.5).round() / 127.5 - 1
     torch.testing.assert_close(first["image"], bytes_of_pictures)
-    assert torch.equal(first["latent_noise"], draws(recipe.seed, 3, seen, shape)["latent_noise"])
+    assert torch.equal(first["latent_noise"], step_randomness(recipe.seed, 3, seen, shape)["latent_noise"])
     assert first["step"].tolist() == [3] * 4
 
-    seen = order(recipe.seed + 1, 3, 4, 24)
-    second, random = batches["diffusion"], draws(recipe.seed + 1, 3, seen, shape)
+    seen = batch_indices(recipe.seed + 1, 3, 4, 24)
+    second, random = batches["diffusion"], step_randomness(recipe.seed + 1, 3, seen, shape)
     for i, u, caption in zip(seen, random["phrase"].tolist(), second["caption"]):
         assert caption == data[i]["captions"][int(u * len(data[i]["captions"]))]
     with torch.no_grad():
         posterior = model.first_stage.posterior(torch.stack([data[i]["image"] for i in seen]))
     z = posterior.sample(random["latent_noise"]) * model.first_stage.scale_factor
-    torch.testing.assert_close(second["z"], z, rtol=1e-2, atol=1e-2)  # pictures are kept in bytes
+    torch.testing.assert_close(second["z"], z, rtol=1e-2, atol=1e-2)  # images are kept in bytes
     assert all(torch.equal(second[key], random[key]) for key in random)
 
 
@@ -129,7 +129,7 @@ def test_batches_are_pictures_latents_and_captions_that_belong_together(tmp_path
 
 
 class Small(nn.Module):
-    """Learns to double a picture, with dropout on the way; a loss of two terms."""
+    """Learns to double an image, with dropout on the way; a loss of two terms."""
 
     channels, dropout = 64, 0.1
 
@@ -145,8 +145,8 @@ class Small(nn.Module):
 
 
 def batch_at(step):
-    """Four pictures of noise."""
-    return draws(0, step, order(0, step, 4, 20), (3, 6, 6)) | {"weight": torch.full((4,), 0.1)}
+    """Four images of noise."""
+    return step_randomness(0, step, batch_indices(0, step, 4, 20), (3, 6, 6)) | {"weight": torch.full((4,), 0.1)}
 
 
 def small_run(folder, **how) -> Run:
@@ -168,7 +168,7 @@ def stopping_at(step):
 
     def broken(k):
         if k == step:
-            raise DataError(f"no picture for step {k}")
+            raise DataError(f"no image for step {k}")
         return batch_at(k)
 
     return broken
@@ -191,7 +191,7 @@ def losses(folder, **options) -> torch.Tensor:
     """The log's losses over 20 steps."""
     run = small_run(folder, **({"every": 1} | options))
     train_small(folder, run=run)
-    return torch.tensor([line["loss"] for line in run.lines()])
+    return torch.tensor([line["loss"] for line in run.read_log()])
 
 
 def test_channels_last_changes_no_loss(tmp_path, monkeypatch):
@@ -216,12 +216,12 @@ def test_compiled_changes_no_loss(tmp_path, monkeypatch):
 
 
 def test_newest_and_best_are_kept(tmp_path):
-    """Losses on unseen data of 3, 1, 2 and 5: the second line of the log is the best."""
-    said, averages = iter([3.0, 1.0, 2.0, 5.0] * 2), []
+    """Losses on held-out data of 3, 1, 2 and 5: the second line of the log is the best."""
+    losses, averages = iter([3.0, 1.0, 2.0, 5.0] * 2), []
 
     def validate(task):
         averages.append({name: value.clone() for name, value in task.state_dict().items()})
-        return {"unseen": next(said)}
+        return {"held_out": next(losses)}
 
     last = train_small(tmp_path / "last", validate=validate)
     best = train_small(tmp_path / "best", validate=validate, keep="best")
@@ -239,15 +239,15 @@ def test_best_survives_an_interruption(tmp_path):
     """The best of before the interruption stays the best after it."""
     values = iter([1.0, 2.0, 3.0, 4.0])
     with pytest.raises(DataError):
-        train_small(tmp_path, stopping_at(8), lambda task: {"unseen": next(values)}, keep="best")
-    best = train_small(tmp_path, validate=lambda task: {"unseen": next(values)}, keep="best")
+        train_small(tmp_path, stopping_at(8), lambda task: {"held_out": next(values)}, keep="best")
+    best = train_small(tmp_path, validate=lambda task: {"held_out": next(values)}, keep="best")
     assert load_notes(tmp_path / "small.best.safetensors")["step"] == "5"
     assert not differences(best, train_small(tmp_path / "five", steps=20, validate=only_first(), keep="best"))
 
 
 def only_first():
     values = iter([1.0, 2.0, 2.0, 2.0])
-    return lambda task: {"unseen": next(values)}
+    return lambda task: {"held_out": next(values)}
 
 
 def test_clipping_warm_up_and_average_are_what_they_say(tmp_path):
@@ -307,7 +307,7 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path):
     how = Training(steps=3, batch_size=4, lr=1e-2)
     with pytest.raises(LDMError, match=r"at step 0 .*gradient's norm is (nan|inf)"):
         run_stage(run, "small", Steep(), how, batch_at)
-    assert not checkpoint(run, "small").exists()
+    assert not state_file(run, "small").exists()
 
 
 def test_a_stage_of_a_recipe_names_its_term(tmp_path, monkeypatch):
@@ -320,10 +320,10 @@ def fill_disk(folder: Path, limit: int) -> None:
     """Train on where no file can become longer than `limit` bytes: what a full disk says, without filling one."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
-    run, how = small_run(folder, looks=4, save_every=1e9), Training(steps=20, batch_size=4, lr=1e-2, warmup=2)
+    run, how = small_run(folder, sample_every=4, save_every=1e9), Training(steps=20, batch_size=4, lr=1e-2, warmup=2)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     try:
-        run_stage(run, "small", Small(), how, batch_at, look=lambda task: torch.rand(3, 64, 64))
+        run_stage(run, "small", Small(), how, batch_at, sample=lambda task: torch.rand(3, 64, 64))
     except LDMError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         (folder.parent / "told").write_text(str(error))
@@ -371,14 +371,14 @@ def test_the_best_can_take_the_place_of_the_newest(tmp_path):
     """As the message advises."""
     straight = train_small(tmp_path, validate=only_first())
     os.replace(tmp_path / "small.best.safetensors", tmp_path / "small.safetensors")
-    assert not differences(straight, train_small(tmp_path, validate=lambda task: {"unseen": 2.0}))
+    assert not differences(straight, train_small(tmp_path, validate=lambda task: {"held_out": 2.0}))
 
 
 def test_a_checkpoint_of_another_recipe_or_network_is_refused(tmp_path):
     train_small(tmp_path)
-    for other in ({"recipe": "another"}, {"recipe": "small", "pictures": "others"}):
+    for other in ({"recipe": "another"}, {"recipe": "small", "images": "others"}):
         run = replace(small_run(tmp_path), notes=other)
-        with pytest.raises(CheckpointError, match=r"small\.safetensors was made with (another recipe|other pictures)"):
+        with pytest.raises(CheckpointError, match=r"small\.safetensors was made with (another recipe|other images)"):
             train_small(tmp_path, run=run)
     how = Training(steps=20, batch_size=4, lr=1e-2)
     with pytest.raises(CheckpointError, match=r"small\.safetensors does not fit"):
@@ -390,7 +390,7 @@ def test_a_log_that_was_cut_short_can_be_gone_on_with(tmp_path):
     path = tmp_path / "log.jsonl"
     path.write_text('{"stage": "small", "st')
     train_small(tmp_path)
-    assert [line["step"] for line in run.lines()] == [5, 10, 15, 20]
+    assert [line["step"] for line in run.read_log()] == [5, 10, 15, 20]
     path.write_text(path.read_text()[:-20])
     train_small(tmp_path)
     assert [line["step"] for line in map(json.loads, path.read_text().splitlines())] == [5, 10, 15]
@@ -399,13 +399,13 @@ def test_a_log_that_was_cut_short_can_be_gone_on_with(tmp_path):
 def test_no_line_of_the_log_is_there_twice(tmp_path):
     """The lines after the last checkpoint are written again; those of other stages stay."""
     run = small_run(tmp_path, every=1, save_every=1e9)
-    run.note(stage="other", step=50)
+    run.log(stage="other", step=50)
     with pytest.raises(DataError):  # only the second step was saved, as the best one
         losses = iter([2.0, 1.0] + [3.0] * 9)
-        train_small(tmp_path, stopping_at(11), lambda task: {"unseen": next(losses)}, run=run)
-    assert load_notes(tmp_path / "small.safetensors")["step"] == "2" and len(run.lines()) == 12
+        train_small(tmp_path, stopping_at(11), lambda task: {"held_out": next(losses)}, run=run)
+    assert load_notes(tmp_path / "small.safetensors")["step"] == "2" and len(run.read_log()) == 12
     train_small(tmp_path, run=run)
-    assert [line["step"] for line in run.lines()] == [50, *range(1, 21)]
+    assert [line["step"] for line in run.read_log()] == [50, *range(1, 21)]
 
 
 def test_unknown_precision_and_device():
@@ -428,11 +428,11 @@ def test_other_precisions_train(precision, tmp_path):
         torch.testing.assert_close(got[name].float(), value, rtol=0, atol=2e-2 if precision == "bf16" else 1e-4)
 
 
-# First stages, and their opponents -----------------------------------------------------------------------------------
+# First stages, and their clip_groups -----------------------------------------------------------------------------------
 
 
 def first_stage_task(regulariser: str = "vq", adversarial: bool = True) -> FirstStageTask:
-    """The same weights at each call; the critic's first step is 3."""
+    """The same weights at each call; the discriminator's first step is 3."""
     torch.manual_seed(0)
     recipe = replace(tiny_autoencoder(start=3).first_stage, regulariser=regulariser)
     perceptual = perceptual_distance(recipe.perceptual)
@@ -440,7 +440,7 @@ def first_stage_task(regulariser: str = "vq", adversarial: bool = True) -> First
 
 
 def pictures_at(step: int) -> dict[str, torch.Tensor]:
-    """Four pictures of noise, at a step."""
+    """Four images of noise, at a step."""
     generator = torch.Generator().manual_seed(0)
     x, noise = torch.rand(4, 3, 16, 16, generator=generator) * 2 - 1, torch.randn(4, 4, 8, 8, generator=generator)
     return {"image": x, "latent_noise": noise, "step": torch.full((4,), step)}
@@ -460,8 +460,8 @@ def test_the_critic_plays_from_its_first_step_on_and_only_with_gradients(regular
     for step in (3, 1000):
         task.zero_grad()
         loss, told = task(pictures_at(step))
-        assert set(told) == {*terms, "fool", "critic", "loudness"}
-        share = 0.5 * told["loudness"] * told["fool"] + told["critic"]
+        assert set(told) == {*terms, "g_loss", "d_loss", "d_weight"}
+        share = 0.5 * told["d_weight"] * told["g_loss"] + told["d_loss"]
         torch.testing.assert_close(loss, expected + share)
         loss.backward()
         assert all(weight.grad.any() for weight in task.parameters() if weight.dim() > 1)
@@ -484,8 +484,8 @@ def test_opponents_are_clipped_apart(tmp_path):
     for part, factor in ((task.model, 1 / 50), (task.adversary, 1.0)):
         for weight, gradient in zip(part.parameters(), gradients[part]):
             torch.testing.assert_close(weight.grad, gradient * factor, rtol=1e-4, atol=1e-8)
-    assert set(task.parameters()) == {w for part in task.opponents() for w in part.parameters()}
-    assert first_stage_task(adversarial=False).opponents() != []
+    assert set(task.parameters()) == {w for part in task.clip_groups() for w in part.parameters()}
+    assert first_stage_task(adversarial=False).clip_groups() != []
 
 
 def test_adam_is_given_the_betas(tmp_path):
@@ -515,7 +515,7 @@ def test_a_recipe_says_which_distance_is_asked(lpips_weights):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """Pictures that runs share."""
+    """Images that runs share."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -543,7 +543,7 @@ def autoencoder(tmp_path_factory, cache):
 
 
 def through_bytes(dataset, n: int) -> torch.Tensor:
-    """The first n pictures, as they come back from a cache."""
+    """The first n images, as they come back from a cache."""
     return ((torch.stack([dataset[i]["image"] for i in range(n)]) + 1) * 127.5).round() / 127.5 - 1
 
 
@@ -559,37 +559,37 @@ def test_a_first_stage_is_kept_with_how_it_was_made(autoencoder):
     average = {k.removeprefix("ema.model."): v for k, v in kept.items() if k.startswith("ema.model.")}
     assert not differences(loaded.state_dict(), average)
     assert all(weight.requires_grad for weight in model.parameters())
-    assert loaded.made == json.loads(json.dumps(model.made))
-    assert recipe_from_dict(loaded.made["recipe"]) == tiny_autoencoder(start=3)
+    assert loaded.provenance == json.loads(json.dumps(model.provenance))
+    assert recipe_from_dict(loaded.provenance["recipe"]) == tiny_autoencoder(start=3)
     last = log_of(folder)[-1]
-    assert loaded.made["steps"] == last["step"] == 6 and loaded.made["precision"] == "fp32"
-    for name in ("unseen", "psnr", "codes_used", "perplexity"):
-        assert loaded.made[name] == pytest.approx(last[name], abs=1e-4)
+    assert loaded.provenance["steps"] == last["step"] == 6 and loaded.provenance["precision"] == "fp32"
+    for name in ("held_out", "psnr", "codes_used", "perplexity"):
+        assert loaded.provenance[name] == pytest.approx(last[name], abs=1e-4)
     assert 1 <= last["codes_used"] <= 32 and 1 <= last["perplexity"] <= last["codes_used"] + 1e-3
     Image.open(folder / "samples" / "first_stage-000006.png").verify()
 
 
 def test_the_loss_on_unseen_pictures_knows_no_critic(autoencoder):
-    """It is that of the paper's other terms, typed out, on the first 64 pictures of the validation split."""
+    """It is that of the paper's other terms, typed out, on the first 64 images of the validation split."""
     folder, model = autoencoder
     x = through_bytes(ToyCOCO("validation", size=16), 64)
     with torch.no_grad():
         y, quantized = model(x)
         distance = ToyFeatures.from_pretrained("toy-features").distance(x, y).mean()
     expected = (x - y).abs().mean() + 5.0 * (x - y).square().mean() + 0.1 * distance + quantized.loss
-    assert model.made["unseen"] == pytest.approx(expected.item(), abs=2e-4)
+    assert model.provenance["held_out"] == pytest.approx(expected.item(), abs=2e-4)
 
 
 def test_the_best_is_chosen_without_the_critic(cache, tmp_path):
-    """A critic far too loud spoils the pictures from step 4 on; the weights that are kept are those of before."""
+    """A discriminator far too loud spoils the images from step 4 on; the weights that are kept are those of before."""
     recipe = tiny_autoencoder(start=3, keep="best")
     game = replace(recipe.first_stage.adversarial, weight=1000.0)
     recipe = replace(recipe, first_stage=replace(recipe.first_stage, adversarial=game))
     model, lines = cook(tmp_path / "run", recipe, every=1, cache_dir=cache), log_of(tmp_path / "run")
-    unseen = {line["step"]: line["unseen"] for line in lines}
+    unseen = {line["step"]: line["held_out"] for line in lines}
     best = min(unseen, key=unseen.get)
     assert load_notes(tmp_path / "run" / "first_stage.best.safetensors")["step"] == str(best) and best < 6
-    assert model.made["unseen"] == pytest.approx(unseen[best], abs=1e-4)
+    assert model.provenance["held_out"] == pytest.approx(unseen[best], abs=1e-4)
 
 
 @pytest.mark.parametrize("precision, furthest", [("fp64", 1e-5), ("bf16", 2e-2)])
@@ -603,7 +603,7 @@ def test_other_precisions_train_a_first_stage(precision, furthest, autoencoder, 
     kept = load_tensors(folder / "first_stage.safetensors")
     assert {v.dtype for k, v in kept.items() if k.startswith(("task.", "ema.")) and v.dim()} == {inside}
     assert {v.dtype for v in load_tensors(folder / "model" / "model.safetensors").values()} == {torch.float32}
-    assert {weight.dtype for weight in model.parameters()} == {torch.float32} and model.made["precision"] == precision
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32} and model.provenance["precision"] == precision
 
 
 def test_pieces_with_a_critic_run(cache, tmp_path):
@@ -613,10 +613,10 @@ def test_pieces_with_a_critic_run(cache, tmp_path):
 
 
 def cook_traced(folder, cache) -> None:
-    """Three steps of a network that is traced as for a compiler, but none is called; the critic plays in two."""
+    """Three steps of a network that is traced as for a compiler, but none is called; the discriminator plays in two."""
     whole = nn.Module.compile
     nn.Module.compile = lambda self: whole(self, backend="aot_eager")
-    cook(folder, tiny_autoencoder(3, start=1), compile=True, every=1, looks=0, save_every=1e9, cache_dir=cache)
+    cook(folder, tiny_autoencoder(3, start=1), compile=True, every=1, sample_every=0, save_every=1e9, cache_dir=cache)
 
 
 @pytest.mark.xfail(
@@ -624,7 +624,7 @@ def cook_traced(folder, cache) -> None:
 )
 def test_compiled_plays_with_a_critic(cache, tmp_path):
     """In a process of its own, where no shapes are checked: tracing the checks takes minutes."""
-    cook(tmp_path / "plain", tiny_autoencoder(3, start=1), every=1, looks=0, save_every=1e9, cache_dir=cache)
+    cook(tmp_path / "plain", tiny_autoencoder(3, start=1), every=1, sample_every=0, save_every=1e9, cache_dir=cache)
     child = Child(cook_traced, tmp_path / "traced", cache, output=tmp_path / "output")
     assert child.wait() == 0, child.said()
     for ours, theirs in zip(log_of(tmp_path / "traced"), log_of(tmp_path / "plain"), strict=True):
@@ -636,7 +636,7 @@ def test_the_latents_of_a_kl_first_stage_for_itself_have_unit_deviation(cache, t
     kl = replace(recipe.first_stage, regulariser="kl", perceptual=None, adversarial=None)
     cook(tmp_path / "run", replace(recipe, first_stage=kl), cache_dir=cache)
     model, x = load_first_stage(tmp_path / "run" / "model"), through_bytes(ToyCOCO("train", size=16), 24)
-    noise = draws(1, 0, range(24), (4, 8, 8))["latent_noise"]
+    noise = step_randomness(1, 0, range(24), (4, 8, 8))["latent_noise"]
     assert type(model) is AutoencoderKL and model.scale_factor != 1.0
     with torch.no_grad():
         assert model.encode(x, noise).std().item() == pytest.approx(1.0, abs=0.05)
@@ -691,9 +691,9 @@ def test_latents_are_made_once_for_each_first_stage_and_pictures(tmp_path, monke
 
 def test_the_latents_of_a_codebook_are_those_before_it(tmp_path):
     """What is kept, and what is drawn from it, equals `encode`: a point, without a width to speak of."""
-    cpu, pictures = make_accelerator("cpu", "fp32"), cached(ToyCOCO(size=16), tmp_path / "pictures", 10)
+    cpu, pictures = make_accelerator("cpu", "fp32"), cached(ToyCOCO(size=16), tmp_path / "images", 10)
     torch.manual_seed(0)
-    first_stage = AutoencoderVQ(8, (1, 2), 1, 4, codes=8, groups=4).eval()
+    first_stage = AutoencoderVQ(8, (1, 2), 1, 4, num_codes=8, groups=4).eval()
     mean, logvar = cached_latents(tmp_path / "latents.safetensors", first_stage, pictures, cpu)
     with torch.no_grad():
         z = first_stage.encode(pictures.images(range(10)))
@@ -705,7 +705,7 @@ def test_the_latents_of_a_codebook_are_those_before_it(tmp_path):
     assert torch.equal(again[0], mean) and torch.equal(again[1], logvar)
     with torch.no_grad():
         first_stage.quantize.embedding.weight.add_(1.0)  # other weights: it does not matter which
-    assert load_notes(tmp_path / "latents.safetensors")["first_stage"] != latents.fingerprint(first_stage)
+    assert load_notes(tmp_path / "latents.safetensors")["first_stage"] != latents.weights_checksum(first_stage)
 
 
 # Whole runs ----------------------------------------------------------------------------------------------------------
@@ -724,19 +724,19 @@ def test_the_run_folder_tells_what_was_done(finished):
     assert [(line["stage"], line["step"]) for line in lines] == [
         (stage, step) for stage in ("first_stage", "diffusion") for step in (3, 6)
     ]
-    assert all({"step", "loss", "images_per_second", "waiting", "seconds", "unseen"} <= set(line) for line in lines)
+    assert all({"step", "loss", "images_per_second", "waiting", "seconds", "held_out"} <= set(line) for line in lines)
     assert recipe_from_dict(json.loads((folder / "recipe.json").read_text())) == tiny()
     for name in ("loss.png", "samples/first_stage-000006.png", "samples/diffusion-000006.png"):
         Image.open(folder / name).verify()
     notes = load_notes(folder / "diffusion.safetensors")
-    assert {"recipe", "pictures", "torch", "ldm_edu", "python", "accelerate"} <= set(notes) and notes["step"] == "6"
+    assert {"recipe", "images", "torch", "ldm_edu", "python", "accelerate"} <= set(notes) and notes["step"] == "6"
 
 
 def test_the_model_is_the_average(finished):
     folder, model = finished
     loaded = LatentDiffusion.from_pretrained(folder / "model")
     assert torch.equal(loaded.sample("a big red ball", steps=2), model.sample("a big red ball", steps=2))
-    assert loaded.made["diffusion"]["steps"] == 6 and recipe_from_dict(loaded.made["recipe"]) == tiny()
+    assert loaded.provenance["diffusion"]["steps"] == 6 and recipe_from_dict(loaded.provenance["recipe"]) == tiny()
     for stage, prefix, part in (
         ("first_stage", "ema.model.", "first_stage"),
         ("diffusion", "ema.unet.", "unet"),
@@ -775,17 +775,17 @@ def test_a_folder_with_a_run_is_not_overwritten(finished):
     ],
 )
 def test_a_recipe_that_changed_is_named(changed, told, tmp_path):
-    open_run(tmp_path / "run", tiny(), resume=False)
+    prepare_folder(tmp_path / "run", tiny(), resume=False)
     with pytest.raises(LDMError, match=told):
-        open_run(tmp_path / "run", changed, resume=True)
-    assert open_run(tmp_path / "run", tiny(), resume=True)
+        prepare_folder(tmp_path / "run", changed, resume=True)
+    assert prepare_folder(tmp_path / "run", tiny(), resume=True)
 
 
 @pytest.mark.parametrize("left", ["log.jsonl", "recipe.json", "diffusion.safetensors", "scene-reader.best.safetensors"])
 def test_any_sign_of_a_run_protects_its_folder(left, tmp_path):
     (tmp_path / left).write_text("something")
     with pytest.raises(LDMError, match=f"already holds a run .*{left}"):
-        open_run(tmp_path, tiny(), resume=False)
+        prepare_folder(tmp_path, tiny(), resume=False)
 
 
 def test_resume_needs_a_run(tmp_path):
@@ -795,22 +795,22 @@ def test_resume_needs_a_run(tmp_path):
 
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
-    folder = open_run(tmp_path / "run", tiny(), resume=False)
+    folder = prepare_folder(tmp_path / "run", tiny(), resume=False)
     leftovers = [folder / ".loss.png.123", folder / "model" / "unet" / ".model.safetensors.4567"]
     others = [folder / ".keep", folder / ".notes.txt", folder / "model" / "v1.123"]
     for path in leftovers + others:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("something")
-    open_run(folder, tiny(), resume=True)
+    prepare_folder(folder, tiny(), resume=True)
     assert not any(path.exists() for path in leftovers) and all(path.exists() for path in others)
 
 
 def test_batches_that_cannot_be_shared_are_refused_before_anything_is_done(tmp_path, monkeypatch):
     """All stages', since the second would come after hours."""
-    check_shares(Training(steps=1, batch_size=12, lr=1e-3, accumulate=2), 3)
+    check_batch_size(Training(steps=1, batch_size=12, lr=1e-3, accumulate=2), 3)
     for n, accumulate in ((5, 1), (3, 6), (4, 2)):
         with pytest.raises(LDMError, match=f"batch_size=12 .*multiple of {n * accumulate}"):
-            check_shares(Training(steps=1, batch_size=12, lr=1e-3, accumulate=accumulate), n)
+            check_batch_size(Training(steps=1, batch_size=12, lr=1e-3, accumulate=accumulate), n)
     whole = make_accelerator
 
     def of_three(*args):
@@ -820,9 +820,9 @@ def test_batches_that_cannot_be_shared_are_refused_before_anything_is_done(tmp_p
 
     monkeypatch.setattr(runs, "make_accelerator", of_three)
     recipe = tiny(batch_size=3)
-    recipe = replace(recipe, diffusion=replace(recipe.diffusion, training=stages(tiny(batch_size=4))[1]))
+    recipe = replace(recipe, diffusion=replace(recipe.diffusion, training=stage_trainings(tiny(batch_size=4))[1]))
     with pytest.raises(LDMError, match="batch_size=4 cannot be shared by 3 processes"):
-        begin(recipe, tmp_path / "run", "cpu", "fp32")
+        open_run(recipe, tmp_path / "run", "cpu", "fp32")
     assert not (tmp_path / "run").exists()
 
 
@@ -875,7 +875,7 @@ def test_a_run_does_not_go_on_with_other_pictures(faces, tmp_path):
     run, data = tmp_path / "here" / "run", tmp_path / "here" / "data"
     before = (run / "diffusion.safetensors").read_bytes()
     (data / "celeba" / "img_align_celeba" / "000003.jpg").unlink()
-    with pytest.raises(CheckpointError, match=r"first_stage\.safetensors was made with other pictures"):
+    with pytest.raises(CheckpointError, match=r"first_stage\.safetensors was made with other images"):
         cook(run, of_faces(), data_dir=data)
     assert (run / "diffusion.safetensors").read_bytes() == before
 
@@ -968,5 +968,5 @@ def test_a_critic_without_sense_is_refused_before_anything_is_done(changed, told
 def test_text_is_refused_where_the_data_have_none(tmp_path):
     recipe = replace(tiny(), dataset="celeba")
     with pytest.raises(LDMError, match="no captions"):
-        train(recipe, tmp_path / "run", draw_faces(tmp_path / "data"), **HOW)
+        train_latent_diffusion(recipe, tmp_path / "run", draw_faces(tmp_path / "data"), **HOW)
     assert not (tmp_path / "run").exists()

@@ -1,1 +1,1 @@
-"""Data sets: drawn ones, CelebA, COCO and folders of pictures; batches, caches, downloads."""
+"""Data sets: drawn ones, CelebA, COCO and folders of images; batches, caches, downloads."""

@@ -24,7 +24,7 @@ def _check_keys(keys: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     return tuple(keys)
 
 
-RAGGED = ("boxes", "instances", "captions")  # as many as there are things in the picture, or things to say
+RAGGED = ("boxes", "instances", "captions")  # as many as there are things in the image, or things to say
 
 
 def _join(key: str, values: list) -> Any:

@@ -29,9 +29,9 @@ def _npy_head(shape: Sequence[int]) -> bytes:
 
 
 def _text_line(sample: dict) -> str:
-    "Everything of a sample but its picture, as a line of JSON."
+    "Everything of a sample but its image, as a line of JSON."
     if others := set(sample) - {"image", "caption", "captions", "attributes"}:
-        raise DataError(f"a cache keeps pictures, captions and attributes, not {', '.join(sorted(others))}: see `keys`")
+        raise DataError(f"a cache keeps images, captions and attributes, not {', '.join(sorted(others))}: see `keys`")
     captions = sample.get("captions") or [sample["caption"]] if "caption" in sample or "captions" in sample else None
     return json.dumps({"captions": captions, "attributes": [int(a) for a in sample.get("attributes", [])]}) + "\n"
 
@@ -111,7 +111,7 @@ def _fill(dataset: Dataset, folder: Path, about: dict, word: str) -> None:
 
 
 class ImageCache(Dataset):
-    "Samples that `cached` has written to a folder; their pictures are read when they are asked for."
+    "Samples that `cached` has written to a folder; their images are read when they are asked for."
 
     def __init__(
         self,
@@ -122,7 +122,7 @@ class ImageCache(Dataset):
         if self._about["done"] < self._about["dataset"]["samples"]:
             raise DataError(f"{folder} holds no complete cache: `cached(dataset, folder, ...)` makes or finishes it")
         self.attribute_names = self._about["attribute_names"]
-        self._sound, self._pixels = set(), self._map()  # blocks whose checksum was compared; all pictures
+        self._sound, self._pixels = set(), self._map()  # blocks whose checksum was compared; all images
         texts = self._read_texts()
         self.captions = [text["captions"] for text in texts] if texts[0]["captions"] else None
         attributes = [text["attributes"] for text in texts]
@@ -161,7 +161,7 @@ class ImageCache(Dataset):
         return [json.loads(line) for line in lines[:len(self)]]
 
     def images(self, indices: Sequence[int] | np.ndarray | Int[Tensor, "b"]) -> Float[Tensor, "b 3 h w"]:
-        "The pictures at these indices, in [-1, 1]."
+        "The images at these indices, in [-1, 1]."
         indices, step = np.asarray(indices, dtype=np.int64), self._about["block"]
         if len(indices) and not 0 <= indices.min() <= indices.max() < len(self):
             raise IndexError(f"indices {indices.min()} to {indices.max()}: there are samples 0 to {len(self) - 1}")

@@ -7,7 +7,7 @@ from jaxtyping import Bool
 from pathlib import Path
 from torch.utils.data import Dataset
 from ldm_edu.data.batches import _check_size, _check_split
-from ldm_edu.data.folders import HOW, SHARES, _listing, find_folder, fingerprint, split_by_name
+from ldm_edu.data.folders import HOW, SHARES, _listing, find_folder, listing_checksum, split_by_name
 from ldm_edu.data.images import load_image
 from ldm_edu.data.toy.datasets import DRAWING_VERSION
 from ldm_edu.errors import DataError
@@ -70,12 +70,12 @@ def _present(folder: Path, listed: Iterable[str]) -> tuple[list[str], int]:
     names = [name for name in listed if name in there]
     if not names:
         deeper = f"; should {folder / folder.name} be one folder higher?" if folder.name in there else ""
-        raise DataError(f"{folder} contains none of the {len(listed)} pictures that are listed{deeper}; {HOW}")
+        raise DataError(f"{folder} contains none of the {len(listed)} images that are listed{deeper}; {HOW}")
     return names, len(listed) - len(names)
 
 
 class CelebA(Dataset):
-    "Faces and their attributes, from the official folder or any subset of its pictures: `image` and `attributes` (a,)."
+    "Faces and their attributes, from the official folder or any subset of its images: `image` and `attributes` (a,)."
 
     def __init__(
         self,
@@ -91,19 +91,19 @@ class CelebA(Dataset):
         names, self.missing = _present(self.root / "img_align_celeba", listed)
         names = [name for name, part in zip(names, self._parts(names)) if part == split]
         if not names:
-            raise DataError(f"{self.root}: none of the pictures that are there falls into split {split!r}")
+            raise DataError(f"{self.root}: none of the images that are there falls into split {split!r}")
         row = {name: i for i, name in enumerate(listed)}
         self.files = [self.root / "img_align_celeba" / name for name in names]
         self.attributes = torch.from_numpy(attributes[[row[name] for name in names]]).float()
 
     def _parts(self, names: list[str]) -> list[str]:
-        "The split of each of these pictures."
+        "The split of each of these images."
         partition = self.root / "list_eval_partition.txt"
         if not partition.exists():
             return [split_by_name(name) for name in names]
         parts = read_partition(partition)
         if unassigned := [name for name in names if name not in parts]:
-            raise DataError(f"{partition} has no line for {len(unassigned)} of the pictures, first {unassigned[0]}")
+            raise DataError(f"{partition} has no line for {len(unassigned)} of the images, first {unassigned[0]}")
         return [parts[name] for name in names]
 
     def __len__(self) -> int:
@@ -112,7 +112,7 @@ class CelebA(Dataset):
     def identity(self) -> dict:
         "What decides the samples."
         return {"data": "CelebA", "version": DRAWING_VERSION, "split": self.split, "size": self.size,
-                "files": fingerprint(self.root, [self._list, *self.files])}
+                "files": listing_checksum(self.root, [self._list, *self.files])}
 
     def __getitem__(self, index: int) -> dict:
         return {"image": load_image(self.files[index], self.size), "attributes": self.attributes[index]}

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from typing import Any, ClassVar
 from ldm_edu.data.batches import _check_keys, _check_size, _check_split
 from ldm_edu.data.celeba import _read_text
-from ldm_edu.data.folders import HOW, SHARES, SUFFIXES, _listing, find_folder, fingerprint, split_by_name
+from ldm_edu.data.folders import HOW, SHARES, SUFFIXES, _listing, find_folder, listing_checksum, split_by_name
 from ldm_edu.data.images import _complaint, _fit, middle, read_image
 from ldm_edu.data.toy.datasets import DRAWING_VERSION
 from ldm_edu.errors import DataError
@@ -60,7 +60,7 @@ def _joined(path: Path, content: dict) -> list[tuple[dict, list[dict]]]:
     images, notes = {image["id"]: image for image in content["images"]}, defaultdict(list)
     names = {image["file_name"] for image in images.values()}
     if not len(names) == len(images) == len(content["images"]):
-        raise DataError(f"{path} has a picture twice in `images`: numbers and file names should all differ")
+        raise DataError(f"{path} has an image twice in `images`: numbers and file names should all differ")
     for note in content["annotations"]:
         notes[note["image_id"]].append(note)
     return [(images[number], notes[number]) for number in sorted(images)]
@@ -68,7 +68,7 @@ def _joined(path: Path, content: dict) -> list[tuple[dict, list[dict]]]:
 
 def read_captions(
     path: str | Path,  # a file in the form of COCO's captions_val2017.json
-) -> dict[str, list[str]]:  # for every picture's file name, its captions; empty where it has none
+) -> dict[str, list[str]]:  # for every image's file name, its captions; empty where it has none
     "COCO's captions, in the order of their numbers."
     path, captions = Path(path), {}
     with _form(path, "`images` with id and file_name, and `annotations` with id, image_id and caption"):
@@ -79,8 +79,8 @@ def read_captions(
 
 
 def square_boxes(
-    boxes: Float[Tensor, "k 4"],  # left, top, right, bottom, in pixels of the whole picture
-    width: int,  # of the whole picture
+    boxes: Float[Tensor, "k 4"],  # left, top, right, bottom, in pixels of the whole image
+    width: int,  # of the whole image
     height: int,
 ) -> Float[Tensor, "k 4"]:
     "The same boxes as fractions of the side of the square in the middle, clipped to it."
@@ -89,7 +89,7 @@ def square_boxes(
 
 
 def square_map(
-    values: np.ndarray,  # (..., h, w) labels or masks of the whole picture
+    values: np.ndarray,  # (..., h, w) labels or masks of the whole image
     size: int,  # pixels along each side of the result
 ) -> np.ndarray:  # (..., size, size)
     "The square in the middle of a map, every pixel what stands at its centre."
@@ -113,7 +113,7 @@ def _unpack_runs(counts: str) -> list[int]:
 
 def decode_outline(
     outline: list | dict,  # polygons, or run lengths {"counts": ..., "size": [height, width]}
-    width: int,  # of the whole picture
+    width: int,  # of the whole image
     height: int,
 ) -> Bool[np.ndarray, "h w"]:
     "Which pixels belong to a thing; ValueError where the outline makes no sense."
@@ -135,7 +135,7 @@ def decode_outline(
 
 @dataclass
 class Outlined:
-    "The things in a picture, in pixels of the whole picture."
+    "The things in an image, in pixels of the whole image."
     width: int
     height: int
     boxes: Float[np.ndarray, "k 5"]  # class from 1, left, top, right, bottom
@@ -171,7 +171,7 @@ def read_instances(
 
 @dataclass
 class Segmented:
-    "Where the segments of a picture are drawn, and what each is."
+    "Where the segments of an image are drawn, and what each is."
     file: Path  # the PNG
     numbers: Int[np.ndarray, "k"]  # that occur in it, sorted, 0 first
     classes: Int[np.ndarray, "k"]  # what each stands for: 0 for unlabelled, categories from 1
@@ -201,10 +201,10 @@ def read_segmentation(
 ) -> tuple[Int[np.ndarray, "size size"], tuple[int, int]]:
     "The classes in the middle square, and width and height of the whole map."
     try:
-        with Image.open(segmented.file) as picture:
-            if picture.mode != "RGB":
-                raise DataError(f"should be a PNG in three colours, not in mode {picture.mode}")
-            colours = np.asarray(picture).astype(np.int64)
+        with Image.open(segmented.file) as image:
+            if image.mode != "RGB":
+                raise DataError(f"should be a PNG in three colours, not in mode {image.mode}")
+            colours = np.asarray(image).astype(np.int64)
     except Exception as error:
         raise DataError(_complaint(segmented.file, error)) from error
     numbers = square_map(colours @ (1, 256, 256**2), size)
@@ -222,14 +222,14 @@ def coco_split(
     folder: str,  # it lies in
     folders: Sequence[str],  # those of COCO_FOLDERS that are there
 ) -> str:
-    "The course's split of a COCO picture."
+    "The course's split of a COCO image."
     if len(folders) == 1:
         return split_by_name(name)
     return "train" if folder == "train2017" else ("validation", "test")[zlib.crc32(name.encode()) % 2]
 
 
 class COCO(Dataset):
-    """Photographs with captions, things and segments, from the official folders or any subset of their pictures.
+    """Photographs with captions, things and segments, from the official folders or any subset of their images.
 
     `caption` is the first of `captions`. `boxes` (k, 5): class (from 1, in the order of `categories`), left, top,
     right, bottom as fractions; `instances` (k, h, w) belong to them. `segmentation` (h, w) counts in `segment_names`.
@@ -254,7 +254,7 @@ class COCO(Dataset):
         self.kinds = sorted({self.known_keys[key] for key in self.keys} - {""})
         self.categories, self.segment_names, self.files = [], [], []
         self._notes = {kind: [] for kind in self.kinds}  # what is known of each file
-        self.missing, self.without = 0, dict.fromkeys(self.kinds, 0)  # pictures that are left out
+        self.missing, self.without = 0, dict.fromkeys(self.kinds, 0)  # images that are left out
         folders = [folder for folder in COCO_FOLDERS if (self.root / folder).is_dir()]
         wanted = [split] if split in COCO_FOLDERS else folders
         if not wanted or not set(wanted) <= set(folders):
@@ -262,14 +262,14 @@ class COCO(Dataset):
         for folder in wanted:
             self._add(folder, folders)
         if not self.files:
-            raise DataError(f"{self.root}: no picture is left for split {split!r} with {', '.join(self.keys)}; "
+            raise DataError(f"{self.root}: no image is left for split {split!r} with {', '.join(self.keys)}; "
                             f"without what these need: {self.without}")
 
     def _source(self, kind: str, folder: str) -> Path:
         return self.root / "annotations" / f"{kind}_{folder}.json"
 
     def _read(self, kind: str, folder: str) -> dict:
-        "What one annotation file says of each picture."
+        "What one annotation file says of each image."
         path = self._source(kind, folder)
         if kind == "captions":
             return read_captions(path)
@@ -283,12 +283,12 @@ class COCO(Dataset):
         return found
 
     def _add(self, folder: str, folders: list[str]) -> None:
-        "Add the pictures of one folder that are in the split and have what is asked for."
+        "Add the images of one folder that are in the split and have what is asked for."
         there = {name for name in _listing(self.root / folder) if name.lower().endswith(SUFFIXES)}
         found = {kind: self._read(kind, folder) for kind in self.kinds}
         listed = set().union(*found.values()) if found else there
         if not listed & there:
-            raise DataError(f"{self.root / folder} contains none of the {len(listed)} pictures that are listed; {HOW}")
+            raise DataError(f"{self.root / folder} contains none of the {len(listed)} images that are listed; {HOW}")
         self.missing += len(listed - there)
         for name in sorted(there):
             if self.split in SHARES and coco_split(name, folder, folders) != self.split:
@@ -309,11 +309,11 @@ class COCO(Dataset):
         sources = {self._source(kind, file.parent.name) for file in self.files for kind in self.kinds}
         maps = [segmented.file for segmented in self._notes.get("panoptic", [])]
         return {"data": "COCO", "version": DRAWING_VERSION, "split": self.split, "size": self.size,
-                "keys": list(self.keys), "files": fingerprint(self.root, [*sorted(sources), *self.files, *maps])}
+                "keys": list(self.keys), "files": listing_checksum(self.root, [*sorted(sources), *self.files, *maps])}
 
     @property
     def captions(self) -> list[list[str]] | None:
-        "All captions of each picture; None where `keys` do not ask for captions."
+        "All captions of each image; None where `keys` do not ask for captions."
         return self._notes.get("captions")
 
     def _things(self, file: Path, known: Outlined) -> dict[str, Tensor]:
@@ -332,8 +332,8 @@ class COCO(Dataset):
         file, parts, extents = self.files[index], {}, {}
         notes = {kind: self._notes[kind][index] for kind in self.kinds}
         if "image" in self.keys:
-            picture = read_image(file)
-            parts["image"], extents[file] = _fit(picture, self.size, file), picture.size
+            image = read_image(file)
+            parts["image"], extents[file] = _fit(image, self.size, file), image.size
         if "captions" in notes:
             parts |= {"caption": notes["captions"][0], "captions": list(notes["captions"])}
         if known := notes.get("instances"):
@@ -345,5 +345,5 @@ class COCO(Dataset):
         first = next(iter(extents), file)
         if unlike := [path for path in extents if extents[path] != extents[first]]:
             sizes = ["{} ({} x {} pixels)".format(path.name, *extents[path]) for path in (first, unlike[0])]
-            raise DataError(f"{file}: {' and '.join(sizes)} do not fit; annotations go with the original picture only")
+            raise DataError(f"{file}: {' and '.join(sizes)} do not fit; annotations go with the original image only")
         return {key: parts[key] for key in self.keys}

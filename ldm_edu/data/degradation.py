@@ -24,9 +24,9 @@ from ..errors import LDMError
 
 # %% ../../nbs/workshop/degradation.ipynb #40889b75
 def _sides(images: Tensor) -> tuple[int, int]:
-    "h and w of a batch of pictures (b, c, h, w)."
+    "h and w of a batch of images (b, c, h, w)."
     if images.ndim != 4 or not images.is_floating_point():
-        raise LDMError(f"pictures should be float (b, c, h, w), not {images.dtype} {tuple(images.shape)}")
+        raise LDMError(f"images should be float (b, c, h, w), not {images.dtype} {tuple(images.shape)}")
     return images.shape[2], images.shape[3]
 
 
@@ -35,15 +35,15 @@ def _divided(
     divisor: int,
     name: str,  # of the divisor, for the message
 ) -> tuple[int, int]:
-    "h and w of a batch of pictures, divided without remainder."
+    "h and w of a batch of images, divided without remainder."
     h, w = _sides(images)
     if divisor < 1 or h % divisor or w % divisor:
-        raise LDMError(f"{name} should divide the sides of the pictures, {h} and {w}; {divisor} does not")
+        raise LDMError(f"{name} should divide the sides of the images, {h} and {w}; {divisor} does not")
     return h // divisor, w // divisor
 
 # %% ../../nbs/workshop/degradation.ipynb #b7895370
 def _resize(images: Float[Tensor, "b c h w"], size: tuple[int, int], **how) -> Float[Tensor, "b c H W"]:
-    "Pictures in another size, cut off at -1 and 1; `how` as F.interpolate takes it (no half precision on a CPU)."
+    "Images in another size, cut off at -1 and 1; `how` as F.interpolate takes it (no half precision on a CPU)."
     wide = images if images.dtype == torch.float64 else images.float()
     return F.interpolate(wide, size=size, **how).clamp(-1, 1).to(images)
 
@@ -52,7 +52,7 @@ def downsample(
     images: Float[Tensor, "b c h w"],  # in [-1, 1]
     factor: int,  # how many times smaller; 4 in the paper
 ) -> Float[Tensor, "b c H W"]:
-    "Smaller pictures by the antialiased bicubic filter, as super-resolution takes them (section 4.4, D.6)."
+    "Smaller images by the antialiased bicubic filter, as super-resolution takes them (section 4.4, D.6)."
     return _resize(images, _divided(images, factor, "factor"), mode="bicubic", antialias=True)
 
 # %% ../../nbs/workshop/degradation.ipynb #eb6c1707
@@ -60,7 +60,7 @@ def upsample(
     images: Float[Tensor, "b c h w"],  # in [-1, 1]
     factor: int,  # how many times larger
 ) -> Float[Tensor, "b c H W"]:
-    "Larger pictures by bicubic interpolation: smooth, and without any detail that was not there."
+    "Larger images by bicubic interpolation: smooth, and without any detail that was not there."
     h, w = _sides(images)
     if factor < 1:
         raise LDMError(f"factor should be at least 1, not {factor}")
@@ -84,30 +84,30 @@ def blur(
     images: Float[Tensor, "b c h w"],  # in [-1, 1]
     kernel: Float[Tensor, "k k"],  # odd k, sum 1
 ) -> Float[Tensor, "b c h w"]:
-    "Pictures convolved with a kernel, every channel by itself; borders repeat the outermost pixel."
+    "Images convolved with a kernel, every channel by itself; borders repeat the outermost pixel."
     c, r = images.shape[1], kernel.shape[0] // 2
     weight = kernel.to(images).expand(c, 1, -1, -1)
     return F.conv2d(F.pad(images, [r] * 4, mode="replicate"), weight, groups=c)
 
 # %% ../../nbs/workshop/degradation.ipynb #ee4b4c21
 def _check_rngs(rngs: Sequence[np.random.Generator], n: int | None = None) -> None:
-    "Refuse what is not one generator for each picture."
-    right = "`rngs` should be a list with one generator for each picture, such as np.random.default_rng([seed, index])"
+    "Refuse what is not one generator for each image."
+    right = "`rngs` should be a list with one generator for each image, such as np.random.default_rng([seed, index])"
     if isinstance(rngs, np.random.Generator):
         raise LDMError(f"{right}; this is a single generator")
     if not len(rngs) or (n is not None and len(rngs) != n):
-        raise LDMError(f"{right}; there are {len(rngs)} for {n or 'no'} pictures")
+        raise LDMError(f"{right}; there are {len(rngs)} for {n or 'no'} images")
     if len(set(map(id, rngs))) < len(rngs):
-        raise LDMError(f"{right}; one of these stands there twice, and its pictures would depend on each other")
+        raise LDMError(f"{right}; one of these stands there twice, and its images would depend on each other")
 
 
 def add_noise(
     images: Float[Tensor, "b c h w"],  # in [-1, 1]
     std: float | int,  # of the noise; one level of 255 is 2 / 255
-    rngs: Sequence[np.random.Generator],  # one for each picture
+    rngs: Sequence[np.random.Generator],  # one for each image
     grey: bool = False,  # the same noise for all channels?
 ) -> Float[Tensor, "b c h w"]:
-    "Pictures with Gaussian noise, cut off at -1 and 1."
+    "Images with Gaussian noise, cut off at -1 and 1."
     _check_rngs(rngs, len(images))
     shape = (1, *images.shape[2:]) if grey else images.shape[1:]
     noise = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])
@@ -115,7 +115,7 @@ def add_noise(
 
 # %% ../../nbs/workshop/degradation.ipynb #0d2bb91c
 def _jpeg_file(image: Float[Tensor, "c h w"], quality: int) -> BytesIO:
-    "A picture as a JPEG file in memory."
+    "An image as a JPEG file in memory."
     file = BytesIO()
     to_pil(image).save(file, format="JPEG", quality=quality)
     return file
@@ -123,9 +123,9 @@ def _jpeg_file(image: Float[Tensor, "c h w"], quality: int) -> BytesIO:
 
 def jpeg(
     images: Float[Tensor, "b c h w"],  # in [-1, 1]; 1 channel or 3
-    quality: int,  # 1 to 100, as in every program that saves pictures
+    quality: int,  # 1 to 100, as in every program that saves images
 ) -> Float[Tensor, "b c h w"]:
-    "Pictures that have been saved as JPEG and read again, by Pillow."
+    "Images that have been saved as JPEG and read again, by Pillow."
     if not 1 <= quality <= 100:
         raise LDMError(f"quality should be from 1 to 100, not {quality}")
     h, w = _sides(images)
@@ -143,7 +143,7 @@ SHRINKERS: dict[str, dict] = {  # how F.interpolate does it
 # %% ../../nbs/workshop/degradation.ipynb #bd3f1dd3
 _BLUR, _NOISE, _LOSS = (0.1, 1.4), (1.0, 2.0), (5.0, 20.0)  # pixels; levels of 255; 100 less JPEG's quality
 
-_Step = tuple[str, Tensor]  # what was done, and the picture after it
+_Step = tuple[str, Tensor]  # what was done, and the image after it
 
 
 def _random_blur(image: Tensor, size: tuple[int, int], rng: np.random.Generator, strength: float) -> _Step:
@@ -176,7 +176,7 @@ def degradation_steps(
     rng: np.random.Generator,  # decides everything
     strength: float | int = 1.0,  # 1: the ranges of `bsrgan_light`, rounded
 ) -> Iterator[tuple[str, Tensor]]:
-    "One picture's way to a poor small file (D.6.1, in a light form): what is done, and how the picture looks then."
+    "One image's way to a poor small file (D.6.1, in a light form): what is done, and how the image looks then."
     size = _divided(image, factor, "factor")
     if not strength > 0:
         raise LDMError(f"strength should be above 0, not {strength}")
@@ -189,10 +189,10 @@ def degradation_steps(
 def degrade(
     images: Float[Tensor, "b 3 h w"],  # in [-1, 1]
     factor: int,  # how many times smaller
-    rngs: Sequence[np.random.Generator],  # one for each picture
+    rngs: Sequence[np.random.Generator],  # one for each image
     strength: float | int = 1.0,  # 1: the ranges of `bsrgan_light`, rounded
 ) -> Float[Tensor, "b 3 H W"]:
-    "Small pictures with blur, noise and JPEG in random order: what LDM-BSR learns to undo (D.6.1)."
+    "Small images with blur, noise and JPEG in random order: what LDM-BSR learns to undo (D.6.1)."
     _check_rngs(rngs, len(images))
     singles = images.detach().float().cpu().split(1)
     ends = [[*degradation_steps(image, factor, rng, strength)][-1][1] for image, rng in zip(singles, rngs)]
@@ -313,17 +313,17 @@ def half_mask(
 def _check_mask(mask: Tensor) -> None:
     "Refuse what is not 0 or 1 everywhere."
     if not ((mask == 0) | (mask == 1)).all():
-        raise LDMError("a mask should be 1 where the picture is missing and 0 where it is known, nothing else")
+        raise LDMError("a mask should be 1 where the image is missing and 0 where it is known, nothing else")
 
 
 def erase(
     images: Float[Tensor, "b c h w"],
-    mask: Float[Tensor, "n 1 H W"],  # 1 missing, 0 known; one for each picture
+    mask: Float[Tensor, "n 1 H W"],  # 1 missing, 0 known; one for each image
     fill: float | int = 0.0,  # what stands in the hole: 0 is grey; the released model expects -1, black
 ) -> Float[Tensor, "b c h w"]:
-    "Pictures with holes."
+    "Images with holes."
     if (right := (len(images), 1, *images.shape[2:])) != tuple(mask.shape):
-        raise LDMError(f"mask should be {right}, to fit the pictures, not {tuple(mask.shape)}")
+        raise LDMError(f"mask should be {right}, to fit the images, not {tuple(mask.shape)}")
     _check_mask(mask)
     return torch.where(mask == 1, fill, images)
 

@@ -304,7 +304,7 @@ def fetch_all(
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(fetch, url, path) for path, url in addresses.items()]
         try:
-            for job in progress(as_completed(jobs), "pictures", len(jobs)):
+            for job in progress(as_completed(jobs), "images", len(jobs)):
                 job.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -332,7 +332,7 @@ def _reading(archive: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def _extract(file: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
-    "One member, whole or not at all. (`atomic` waits for the disk each time, too long for 200,000 pictures.)"
+    "One member, whole or not at all. (`atomic` waits for the disk each time, too long for 200,000 images.)"
     temporary = path.with_name(f".{path.name}.part")
     try:
         with file.open(member) as source, temporary.open("wb") as sink:
@@ -388,9 +388,9 @@ def cut_list(
 
 def cut_annotations(
     content: dict,  # one of COCO's JSON files
-    names: Sequence[str],  # file names of the pictures that stay
+    names: Sequence[str],  # file names of the images that stay
 ) -> dict:
-    "COCO's annotations of some pictures only; licences, categories and the rest stay."
+    "COCO's annotations of some images only; licences, categories and the rest stay."
     names = set(names)
     images = [image for image in content["images"] if image["file_name"] in names]
     numbers = {image["id"] for image in images}
@@ -457,12 +457,12 @@ def coco_files(server: str = COCO_SERVER) -> dict[str, Remote]:
 TERMS = {
     "celeba": """CelebA, terms in short (the agreement: https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html):
   - for non-commercial research only, and so is what you derive from it;
-  - the pictures are not to be copied, sold, published or passed on, whole or in part;
-  - its authors own none of the pictures and are not liable for them; they may end your access at any time.
+  - the images are not to be copied, sold, published or passed on, whole or in part;
+  - its authors own none of the images and are not liable for them; they may end your access at any time.
   They show real people: show them to as few as your work needs.""",
     "coco": """COCO, terms in short (https://cocodataset.org/#termsofuse):
   - the annotations are under Creative Commons Attribution 4.0: name the COCO Consortium where you use them;
-  - COCO owns none of the pictures: each has a licence of its own (`images[].license` in the annotations), and
+  - COCO owns none of the images: each has a licence of its own (`images[].license` in the annotations), and
     Flickr's terms of use apply to them. Some licences forbid commercial use.""",
 }
 INSIDE = {"celeba": "img_align_celeba", "coco": "annotations"}  # a folder by which the data set is recognised
@@ -525,7 +525,7 @@ class Place:
                 continue
             if not (differs := remote.difference(path)):
                 return path
-            if path.parent == self.downloads or path.suffix == ".zip":  # a list beside the pictures may be cut down
+            if path.parent == self.downloads or path.suffix == ".zip":  # a list beside the images may be cut down
                 raise DownloadError(f"{path} {differs}: it is not whole, or another file. Remove it")
         return None
 
@@ -585,7 +585,7 @@ class Lists:
     def plan(
         self,
         official: Mapping[str, bytes],  # lists as they were published, by their place in `root`
-        cut: Callable[[bytes], bytes] | None,  # makes one that names fewer pictures; None: all are wanted
+        cut: Callable[[bytes], bytes] | None,  # makes one that names fewer images; None: all are wanted
     ) -> dict[str, bytes]:
         "What the lists should hold: the official content where that is there already. DownloadError where others' are."
         planned = {}
@@ -627,9 +627,9 @@ def command(name: str, data_dir: str | Path, **options: object) -> str:
 
 
 def _check_n(n: int | None) -> None:
-    "DownloadError where `n` is no number of pictures."
+    "DownloadError where `n` is no number of images."
     if n is not None and n < 1:
-        raise DownloadError(f"n should be a number of pictures of at least 1, or None for all, not {n}")
+        raise DownloadError(f"n should be a number of images of at least 1, or None for all, not {n}")
 
 
 def names_in(text: str) -> list[str]:
@@ -641,11 +641,11 @@ def names_in(text: str) -> list[str]:
 def enough(
     place: Place,
     listing: str,  # the list that says what belongs to the data set
-    names: Sequence[str],  # the pictures that it names
+    names: Sequence[str],  # the images that it names
     folder: str,  # where they are
     n: int | None,  # how many are wanted; None: all
 ) -> bool:
-    "Are the pictures there that were asked for? Then nothing needs to be fetched, and no network is needed."
+    "Are the images there that were asked for? Then nothing needs to be fetched, and no network is needed."
     there = len(names) - len(place.absent(folder, names))
     whole = there == len(names) > 0 and not Lists(place.root).was_cut(listing)
     return whole or (n is not None and there >= n)
@@ -653,37 +653,37 @@ def enough(
 
 def _choose(
     place: Place,
-    folder: str,  # where the pictures are
-    groups: Mapping[str, str],  # for every picture of the data set, its split
+    folder: str,  # where the images are
+    groups: Mapping[str, str],  # for every image of the data set, its split
     n: int | None,  # how many are wanted; None: all
 ) -> list[str]:
-    "The first `n` pictures of the order, and those that are there anyway: a subset grows, and never shrinks."
+    "The first `n` images of the order, and those that are there anyway: a subset grows, and never shrinks."
     absent = set(place.absent(folder, list(groups)))
     return [name for i, name in enumerate(spread(groups)) if n is None or i < n or name not in absent]
 
 
 def _unpack_missing(
     place: Place,
-    folder: str,  # where the pictures should be
+    folder: str,  # where the images should be
     names: Sequence[str],  # that are wanted
     archive: Remote,  # they are in
     found: Path | None = None,  # where it lies, if that is known
 ) -> None:
-    "Those of the pictures that are not there yet, from an official archive."
+    "Those of the images that are not there yet, from an official archive."
     if not (missing := place.absent(folder, names)):
         return
     path = found or place.obtain(archive)[0]
     unpack(path, place.root, {f"{folder}/{name}" for name in missing}.__contains__)
     if lacking := place.absent(folder, names):
-        raise DownloadError(f"{path} lacks {len(lacking)} pictures, first {folder}/{lacking[0]}; is it official?")
+        raise DownloadError(f"{path} lacks {len(lacking)} images, first {folder}/{lacking[0]}; is it official?")
 
 
 def download_celeba(
     data_dir: str | Path,  # the data set goes into `celeba` in it
-    n: int | None = None,  # how many pictures; None: all 202,599
+    n: int | None = None,  # how many images; None: all 202,599
     files: Mapping[str, Remote] | None = None,  # where the official files lie; default: `celeba_files()`
 ) -> Path:  # the data set's folder, for `CelebA`
-    "CelebA, or `n` of its pictures with the lists cut down to them. See TERMS: by calling this you accept them."
+    "CelebA, or `n` of its images with the lists cut down to them. See TERMS: by calling this you accept them."
     _check_n(n)
     place = Place(home("celeba", data_dir), command("celeba", data_dir, subset=n))
     attributes, partition, folder = "list_attr_celeba.txt", "list_eval_partition.txt", "img_align_celeba"
@@ -704,7 +704,7 @@ def download_celeba(
     return place.root
 
 
-SINGLY = 0.25  # up to this share of the pictures they are fetched one by one
+SINGLY = 0.25  # up to this share of the images they are fetched one by one
 
 
 def _member(archive: Path, name: str) -> bytes:
@@ -716,10 +716,10 @@ def _member(archive: Path, name: str) -> bytes:
 
 
 def _addresses(captions: bytes) -> dict[str, str]:
-    "From COCO's captions: where each picture lies, by its file name."
+    "From COCO's captions: where each image lies, by its file name."
     images = json.loads(captions)["images"]
     if strange := [image["file_name"] for image in images if Path(image["file_name"]).name != image["file_name"]]:
-        raise DownloadError(f"the annotations name a picture {strange[0]!r}, no plain file name; are they official?")
+        raise DownloadError(f"the annotations name an image {strange[0]!r}, no plain file name; are they official?")
     return {image["file_name"]: image["coco_url"] for image in images}
 
 
@@ -727,14 +727,14 @@ def _as_json(content: dict) -> bytes:
     return json.dumps(content).encode()
 
 
-def _coco_pictures(
+def _coco_images(
     place: Place,
-    split: str,  # the pictures' folder
+    split: str,  # the images' folder
     names: Sequence[str],  # that are wanted
-    addresses: Mapping[str, str],  # of all pictures
-    archive: Remote,  # with all pictures
+    addresses: Mapping[str, str],  # of all images
+    archive: Remote,  # with all images
 ) -> None:
-    "COCO's pictures that are not there yet: one by one if they are few, else, or where it lies here, from the archive."
+    "COCO's images that are not there yet: one by one if they are few, else, or where it lies here, from the archive."
     missing, found = place.absent(split, names), None
     with place.or_by_hand(archive):
         found = place.find(archive) if missing else None
@@ -772,7 +772,7 @@ def _read_json(path: Path) -> dict:
 
 
 def _coco_stands(place: Place, split: str, where: Mapping[str, str], n: int | None) -> bool:
-    "Is all there that was asked for: the list of each kind, the pictures, and with `panoptic` the maps?"
+    "Is all there that was asked for: the list of each kind, the images, and with `panoptic` the maps?"
     lists = {kind: _read_json(place.root / path) for kind, path in where.items()}
     if not all(lists.values()):
         return False
@@ -785,11 +785,11 @@ def _coco_stands(place: Place, split: str, where: Mapping[str, str], n: int | No
 def download_coco(
     data_dir: str | Path,  # the data set goes into `coco` in it
     split: str = "val2017",  # or "train2017"
-    n: int | None = None,  # how many pictures; None: all 5,000 or 118,287
+    n: int | None = None,  # how many images; None: all 5,000 or 118,287
     panoptic: bool = False,  # the maps of what each pixel shows, too? (861 MB more)
     files: Mapping[str, Remote] | None = None,  # where the official files lie; default: `coco_files()`
 ) -> Path:  # the data set's folder, for `COCO`
-    "COCO 2017, or `n` of its pictures with JSON files cut down to them. See TERMS: by calling this you accept them."
+    "COCO 2017, or `n` of its images with JSON files cut down to them. See TERMS: by calling this you accept them."
     _check_n(n)
     if split not in COCO_FOLDERS:
         raise DownloadError(f"split should be {' or '.join(COCO_FOLDERS)}, not {split!r}")
@@ -806,7 +806,7 @@ def download_coco(
     chosen = _choose(place, split, {name: split_by_name(name) for name in addresses}, n)
     fewer = None if len(chosen) == len(addresses) else lambda text: _as_json(cut_annotations(json.loads(text), chosen))
     planned = lists.plan(official, fewer)
-    _coco_pictures(place, split, chosen, addresses, files[f"{split}.zip"])
+    _coco_images(place, split, chosen, addresses, files[f"{split}.zip"])
     if panoptic:
         _coco_maps(place, split, json.loads(planned[where["panoptic"]]), paths[1])
     lists.write(planned, official)

@@ -1,4 +1,4 @@
-"""Folders of pictures: what lies in them, their splits, and `ImageFolder`."""
+"""Folders of images: what lies in them, their splits, and `ImageFolder`."""
 
 import hashlib
 import os
@@ -46,7 +46,7 @@ def _listing(folder: Path) -> set[str]:
         raise DataError(f"{folder} cannot be read as a folder ({error.strerror}); {HOW}") from error
 
 
-def fingerprint(
+def listing_checksum(
     root: Path,  # the folder that names are counted from
     files: Iterable[Path],  # somewhere under `root`
 ) -> str:
@@ -64,10 +64,10 @@ def fingerprint(
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
 
-def picture_files(root: Path) -> list[Path]:
-    "All picture files under a folder, sorted; hidden ones are left out, linked folders visited, each once."
+def image_files(root: Path) -> list[Path]:
+    "All image files under a folder, sorted; hidden ones are left out, linked folders visited, each once."
     def unreadable(error: OSError) -> None:
-        raise DataError(f"{error.filename} cannot be read ({error.strerror}); a folder of pictures should stand here")
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}); a folder of images should stand here")
 
     files, been = [], set()
     for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
@@ -80,7 +80,7 @@ def picture_files(root: Path) -> list[Path]:
 
 
 class ImageFolder(Dataset):
-    "All pictures in a folder and the folders in it, in the order of their names; samples have `image` only."
+    "All images in a folder and the folders in it, in the order of their names; samples have `image` only."
 
     def __init__(
         self,
@@ -94,12 +94,12 @@ class ImageFolder(Dataset):
             _check_split(split, SHARES)
         if not self.root.is_dir():
             raise DataError(f"{root}: there is no such folder; {HOW}")
-        files = picture_files(self.root)
+        files = image_files(self.root)
         if not files:
-            raise DataError(f"{root} contains no pictures ({', '.join(SUFFIXES)})")
+            raise DataError(f"{root} contains no images ({', '.join(SUFFIXES)})")
         self.files = [f for f in files if split in (None, split_by_name(f.relative_to(self.root).as_posix()))]
         if not self.files:
-            raise DataError(f"{root}: none of its {len(files)} pictures is in split {split!r}; split=None takes all")
+            raise DataError(f"{root}: none of its {len(files)} images is in split {split!r}; split=None takes all")
 
     def __len__(self) -> int:
         return len(self.files)
@@ -107,7 +107,7 @@ class ImageFolder(Dataset):
     def identity(self) -> dict:
         "What decides the samples."
         return {"data": "ImageFolder", "version": DRAWING_VERSION, "split": self.split, "size": self.size,
-                "files": fingerprint(self.root, self.files)}
+                "files": listing_checksum(self.root, self.files)}
 
     def __getitem__(self, index: int) -> dict:
         return {"image": load_image(self.files[index], self.size)}

@@ -19,7 +19,7 @@ def open_dataset(
     size: int = 64,  # pixels along each side
     **options,  # what else the data set takes, such as `keys`
 ) -> Dataset:
-    "A data set by name: `toy`, `toy-faces`, `celeba`, `coco`, or `folder` for the pictures in `data_dir`."
+    "A data set by name: `toy`, `toy-faces`, `celeba`, `coco`, or `folder` for the images in `data_dir`."
     if name in DRAWN:
         return DRAWN[name](split=split, size=size, **options)
     if name not in ON_DISK:

@@ -1,1 +1,1 @@
-"""Distances between pictures, the judge, and scores of whole models."""
+"""Distances between images, the judge, and scores of whole models."""

@@ -1,4 +1,4 @@
-"""A small network that compares toy pictures, where the weights of LPIPS cannot be had."""
+"""A small network that compares toy images, where the weights of LPIPS cannot be had."""
 
 import torch
 from collections.abc import Sequence
@@ -31,20 +31,20 @@ def _convolution(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
 
 
 class ToyFeatures(Part, nn.Module):
-    "A small network that names what is in toy pictures, and compares pictures by what it sees on the way."
+    "A small network that names what is in toy images, and compares images by what it sees on the way."
 
     smallest = 16  # pixels along a side, so that every level has something to halve
-    follow = ("made",)  # arguments that may change later: see `Part`
+    follow = ("provenance",)  # arguments that may change later: see `Part`
 
     def __init__(
         self,
         channels: tuple[int, ...] = (32, 64, 96, 128),  # of the levels, multiples of 8
         things: int = len(THINGS),  # how many kinds of things it names in a scene
         attributes: int = len(FACE_ATTRIBUTES),  # how many attributes it names in a face
-        made: dict | None = None,  # with which recipe, steps and scores it was trained
+        provenance: dict | None = None,  # with which recipe, steps and scores it was trained
     ):
         super().__init__()
-        self.made = made
+        self.provenance = provenance
         if not channels or any(c < 8 or c % 8 for c in channels):
             raise LDMError(f"channels should be one or more multiples of 8, not {channels}")
         levels = [_convolution(3, channels[0], stride=2)]
@@ -64,7 +64,7 @@ class ToyFeatures(Part, nn.Module):
         return said
 
     def embed(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
-        "The last level's mean over positions: one vector a picture, for distances between sets of pictures."
+        "The last level's mean over positions: one vector an image, for distances between sets of images."
         return self.features(x)[-1].mean((2, 3))
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b _"]]:
@@ -74,9 +74,9 @@ class ToyFeatures(Part, nn.Module):
 
     def distance(
         self,
-        x: Float[Tensor, "b 3 h w"],  # pictures in [-1, 1]
-        y: Float[Tensor, "..."],  # pictures of the same shape
-    ) -> Float[Tensor, "b"]:  # from 0, which identical pictures have, to 4; lower is better
+        x: Float[Tensor, "b 3 h w"],  # images in [-1, 1]
+        y: Float[Tensor, "..."],  # images of the same shape
+    ) -> Float[Tensor, "b"]:  # from 0, which identical images have, to 4; lower is better
         "As LPIPS, with equal weights for all channels and the mean over levels."
         _check_images("ToyFeatures", x, y, self.smallest, 3)
         return layer_distances(self.features(x), self.features(y)).mean(1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CELLS', 'READER_SIZE', 'SPREAD', 'reader_targets', 'heat_map', 'Residual', 'Reading', 'SceneReader', 'decide',
-           'middle_loss', 'reader_loss', 'spoil', 'Share', 'what', 'reader_accuracy', 'Verdict', 'verdict',
+           'middle_loss', 'reader_loss', 'augment', 'Share', 'what', 'reader_accuracy', 'Verdict', 'verdict',
            'PromptAccuracy', 'prompt_accuracy']
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #89c9909a
@@ -24,8 +24,8 @@ from ..checkpoints import Part
 from ..errors import LDMError
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #7dec5ad8
-CELLS = 16  # along each side of the picture
-READER_SIZE = 64  # pixels along each side of the pictures that the judge reads
+CELLS = 16  # along each side of the image
+READER_SIZE = 64  # pixels along each side of the images that the judge reads
 
 
 def reader_targets(scenes: Sequence[Scene]) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ SPREAD = 0.8  # sigma of the heat around a middle, in cells
 
 
 def heat_map(
-    middle: Float[Tensor, "b k 2"],  # fractions of the picture's side, right and down
+    middle: Float[Tensor, "b k 2"],  # fractions of the image's side, right and down
     there: Tensor,  # (b, k) bool: is there a thing at all?
 ) -> Float[Tensor, "b 16 16"]:
     "How near every cell's centre is to the middle of a thing: 1 on it, 0 far away."
@@ -74,7 +74,7 @@ class Residual(nn.Module):
 
 
 class Reading(NamedTuple):
-    "What the judge says about a batch of pictures, before it decides."
+    "What the judge says about a batch of images, before it decides."
 
     middle: Float[Tensor, "b 16 16"]  # logits: is the middle of a thing in this cell?
     shape: Float[Tensor, "b 3 16 16"]  # logits over SHAPES
@@ -88,16 +88,16 @@ class Reading(NamedTuple):
 class SceneReader(Part, nn.Module):
     "Reads toy scenes of 64²: things with shape, colour, size and place; segmentation; depth. Never used in a loss."
 
-    follow = ("made",)
+    follow = ("provenance",)
 
     def __init__(
         self,
         channels: tuple[int, int, int] = (32, 64, 96),  # at 32², 16² and 8²
-        made: dict | None = None,  # with which recipe, steps and scores it was trained
+        provenance: dict | None = None,  # with which recipe, steps and scores it was trained
     ):
         super().__init__()
         a, b, c = channels
-        self.made = made
+        self.provenance = provenance
         self.down32 = nn.Sequential(nn.Conv2d(3, a, 4, stride=2, padding=1), Residual(a))
         self.down16 = nn.Sequential(nn.Conv2d(a, b, 4, stride=2, padding=1), Residual(b), Residual(b))
         self.down8 = nn.Sequential(nn.Conv2d(b, c, 4, stride=2, padding=1), Residual(c), Residual(c))
@@ -123,12 +123,12 @@ class SceneReader(Part, nn.Module):
     def read(
         self,
         images: Float[Tensor, "b c h w"],  # (b, 3, 64, 64) in [-1, 1]
-        chunk: int = 64,  # pictures at once
+        chunk: int = 64,  # images at once
     ) -> list[list[Thing]]:
-        "The things in every picture, the surest first. (How far a thing is turned is not read: `angle` is 0.)"
+        "The things in every image, the surest first. (How far a thing is turned is not read: `angle` is 0.)"
         if images.shape[1:] != (3, READER_SIZE, READER_SIZE):
             raise LDMError(
-                f"the judge reads pictures (b, 3, {READER_SIZE}, {READER_SIZE}), not {tuple(images.shape)}"
+                f"the judge reads images (b, 3, {READER_SIZE}, {READER_SIZE}), not {tuple(images.shape)}"
             )
         where = next(self.parameters())
         readings = [self(part.to(where)) for part in images.split(chunk)]
@@ -136,7 +136,7 @@ class SceneReader(Part, nn.Module):
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #3ef0095d
 def decide(reading: Reading) -> list[list[Thing]]:
-    "The things of every picture: cells that are more likely than not a middle, and more likely than their neighbours."
+    "The things of every image: cells that are more likely than not a middle, and more likely than their neighbours."
     sure = reading.middle.sigmoid()
     peak = (sure > 0.5) & (sure == F.max_pool2d(sure[:, None], 3, stride=1, padding=1)[:, 0])
     shape, colour, size = (part.argmax(1) for part in (reading.shape, reading.colour, reading.size))
@@ -181,12 +181,12 @@ def reader_loss(reading: Reading, targets: Mapping[str, Any]) -> tuple[Float[Ten
     return sum(terms.values()), {name: value.detach() for name, value in terms.items()}
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #16be0e97
-def spoil(
+def augment(
     images: Float[Tensor, "b 3 h w"],  # in [-1, 1]
-    u: Float[Tensor, "b 2"],  # uniform in [0, 1): what happens to each picture, and how much
+    u: Float[Tensor, "b 2"],  # uniform in [0, 1): what happens to each image, and how much
     noise: Float[Tensor, "b 3 h w"],  # standard normal
 ) -> Float[Tensor, "b 3 h w"]:
-    "A quarter of the pictures blurred (sigma 0.3 to 1.5 pixels), a quarter noisy (up to 0.25), the rest as they are."
+    "A quarter of the images blurred (sigma 0.3 to 1.5 pixels), a quarter noisy (up to 0.25), the rest as they are."
     which, much = u[:, 0], u[:, 1]
     sigma = torch.where(which < 0.25, 0.3 + 1.2 * much, 1e-3)
     kernel = torch.exp(-(torch.arange(-4, 5).to(images) ** 2) / (2 * sigma[:, None] ** 2))
@@ -231,7 +231,7 @@ def what(thing: Thing) -> tuple[str, str, str]:
 
 
 def reader_accuracy(reader: SceneReader, images: Float[Tensor, "b 3 h w"], scenes: Sequence[Scene]) -> Share:
-    "The share of pictures that are read without any error, where the scenes are known."
+    "The share of images that are read without any error, where the scenes are known."
     right = [sorted(map(what, found)) == sorted(map(what, scene.things))
              for found, scene in zip(reader.read(images), scenes, strict=True)]  # fmt: skip
     return Share(sum(right), len(right))
@@ -245,11 +245,11 @@ class Verdict:
     found: tuple[Thing, ...]  # what the judge saw
     missing: tuple[tuple[str, str, str], ...]  # things of the caption that are not there
     extra: tuple[Thing, ...]  # things that the caption does not name
-    relations: tuple[bool, ...]  # for each relation of the caption: is it so in the picture?
+    relations: tuple[bool, ...]  # for each relation of the caption: is it so in the image?
 
 
 def verdict(caption: str, found: Sequence[Thing]) -> Verdict:
-    "Compare a caption with what was found in its picture."
+    "Compare a caption with what was found in its image."
     description: Description = read_caption(caption)
     rest, match = list(found), []
     for wanted in description.things:
@@ -289,9 +289,9 @@ def prompt_accuracy(
     captions: Sequence[str],  # what was asked for
     reader: SceneReader,
 ) -> PromptAccuracy:
-    "Judge pictures by their captions; `LDMError` where there is not one caption for each picture."
+    "Judge images by their captions; `LDMError` where there is not one caption for each image."
     if len(images) != len(captions) or not captions:
-        raise LDMError(f"one caption for each picture is needed: {len(images)} pictures, {len(captions)} captions")
+        raise LDMError(f"one caption for each image is needed: {len(images)} images, {len(captions)} captions")
     verdicts = tuple(verdict(text, found) for text, found in zip(captions, reader.read(images)))
     wanted = sum(len(read_caption(text).things) for text in captions)
     told = [holds for v in verdicts for holds in v.relations]
@@ -301,5 +301,5 @@ def prompt_accuracy(
         things=Share(wanted - sum(len(v.missing) for v in verdicts), wanted),
         relations=Share(sum(told), len(told)),
         verdicts=verdicts,
-        judge=(reader.made or {}).get("scores", {"itself": "not measured"}),
+        judge=(reader.provenance or {}).get("scores", {"itself": "not measured"}),
     )

@@ -19,7 +19,7 @@ from .backbones import BACKBONES, _loaded, linear_weights
 
 # %% ../../nbs/1_first_stage/13_metrics.ipynb #b5c90390
 def _check_pair(metric: str, x: Tensor, y: Tensor) -> None:
-    "Refuse what is not two batches of pictures of one shape."
+    "Refuse what is not two batches of images of one shape."
     if x.shape != y.shape or x.ndim < 2:
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
         raise LDMError(f"{metric} compares batches of one shape (b, c, h, w), not {shapes}")
@@ -28,10 +28,10 @@ def _check_pair(metric: str, x: Tensor, y: Tensor) -> None:
 
 
 def psnr(
-    x: Float[Tensor, "b *shape"],  # pictures, (b, c, h, w) in [-1, 1]
-    y: Float[Tensor, "..."],  # pictures of the same shape
+    x: Float[Tensor, "b *shape"],  # images, (b, c, h, w) in [-1, 1]
+    y: Float[Tensor, "..."],  # images of the same shape
 ) -> Float[Tensor, "b"]:  # dB, higher is better; inf where x and y are identical
-    "Peak signal-to-noise ratio of every picture of a batch. Nothing is clamped or rounded: do so before, if need be."
+    "Peak signal-to-noise ratio of every image of a batch. Nothing is clamped or rounded: do so before, if need be."
     _check_pair("psnr", x, y)
     mse = (x.float() - y.float()).square().flatten(1).mean(1)
     return 10 * torch.log10(2**2 / mse)
@@ -51,7 +51,7 @@ def local_mean(
     images: Float[Tensor, "b c h w"],
     window: Float[Tensor, "k"],  # weights along either side
 ) -> Float[Tensor, "b c h w"]:
-    "The weighted mean around every pixel; beyond the border the picture is continued as in a mirror."
+    "The weighted mean around every pixel; beyond the border the image is continued as in a mirror."
     planes = F.pad(images, [len(window) // 2] * 4, mode="reflect").flatten(0, 1)[:, None]  # (b c, 1, h', w')
     rows = F.conv2d(planes, window.view(1, 1, 1, -1))
     return F.conv2d(rows, window.view(1, 1, -1, 1)).view(images.shape)
@@ -62,12 +62,12 @@ def _check_images(metric: str, x: Tensor, y: Tensor, smallest: int, channels: in
     _check_pair(metric, x, y)
     if x.ndim != 4 or min(x.shape[2:]) < smallest or channels not in (None, x.shape[1]):
         wanted = f"(b, {channels or 'c'}, h, w) with at least {smallest} pixels along each side"
-        raise LDMError(f"{metric} compares pictures {wanted}, not {tuple(x.shape)}")
+        raise LDMError(f"{metric} compares images {wanted}, not {tuple(x.shape)}")
 
 
 def ssim_map(
-    x: Float[Tensor, "b c h w"],  # pictures in [-1, 1], at least 6 pixels along each side
-    y: Float[Tensor, "..."],  # pictures of the same shape
+    x: Float[Tensor, "b c h w"],  # images in [-1, 1], at least 6 pixels along each side
+    y: Float[Tensor, "..."],  # images of the same shape
 ) -> Float[Tensor, "b c h w"]:
     "Structural similarity around every pixel of every channel."
     _check_images("ssim", x, y, 6)
@@ -80,10 +80,10 @@ def ssim_map(
 
 
 def ssim(
-    x: Float[Tensor, "b c h w"],  # pictures in [-1, 1], at least 6 pixels along each side
-    y: Float[Tensor, "..."],  # pictures of the same shape
-) -> Float[Tensor, "b"]:  # at most 1, which identical pictures have; higher is better
-    "Structural similarity of every picture of a batch: window of 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03."
+    x: Float[Tensor, "b c h w"],  # images in [-1, 1], at least 6 pixels along each side
+    y: Float[Tensor, "..."],  # images of the same shape
+) -> Float[Tensor, "b"]:  # at most 1, which identical images have; higher is better
+    "Structural similarity of every image of a batch: window of 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03."
     return ssim_map(x, y).mean((1, 2, 3))
 
 # %% ../../nbs/1_first_stage/13_metrics.ipynb #b420ea44
@@ -95,7 +95,7 @@ def unit(
 
 
 def layer_distances(
-    x: Sequence[Float[Tensor, "b _c _h _w"]],  # features of one batch of pictures, layer by layer
+    x: Sequence[Float[Tensor, "b _c _h _w"]],  # features of one batch of images, layer by layer
     y: Sequence[Float[Tensor, "b _c _h _w"]],  # of the other
     weights: Sequence[Float[Tensor, "_c"]] | None = None,  # of the channels, layer by layer; default: all 1
 ) -> Float[Tensor, "b l"]:
@@ -133,15 +133,15 @@ class _Looking(nn.Module):
 
     def forward(
         self,
-        x: Float[Tensor, "b 3 h w"],  # pictures in [-1, 1]
-        y: Float[Tensor, "..."],  # pictures of the same shape
+        x: Float[Tensor, "b 3 h w"],  # images in [-1, 1]
+        y: Float[Tensor, "..."],  # images of the same shape
     ) -> Float[Tensor, "b"]:
         _check_images("LPIPS", x, y, BACKBONES[self.net].smallest, 3)
         return layer_distances(self.features(x), self.features(y), list(self.weights)).sum(1)
 
 # %% ../../nbs/1_first_stage/13_metrics.ipynb #9cf8d25a
 class LPIPS(_Looking):
-    "Learned perceptual distance (Zhang et al. 2018, weights 0.1): 0 for identical pictures, lower is better."
+    "Learned perceptual distance (Zhang et al. 2018, weights 0.1): 0 for identical images, lower is better."
 
     def __init__(
         self,

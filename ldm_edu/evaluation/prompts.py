@@ -33,9 +33,9 @@ def draw_captions(
     scale: float = 3.0,  # of the guidance; 1 is unguided
     steps: int = 50,  # denoising steps (DDIM)
     seed: int = 0,  # caption i is drawn with seed + i
-    chunk: int = 64,  # pictures at once
+    chunk: int = 64,  # images at once
 ) -> Float[Tensor, "b 3 h w"]:
-    "One picture for each caption, in [-1, 1], on the CPU."
+    "One image for each caption, in [-1, 1], on the CPU."
     parts = []
     for start in progress(range(0, len(captions), chunk), f"scale {scale:g}"):
         some = list(captions[start : start + chunk])

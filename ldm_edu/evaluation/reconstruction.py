@@ -1,4 +1,4 @@
-"""How well a first stage gives pictures back."""
+"""How well a first stage gives images back."""
 
 import torch
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from ldm_edu.first_stage.quantization import AutoencoderVQ, Usage, codebook_usag
 
 @dataclass(frozen=True)
 class Mean:
-    "A mean over pictures, with its standard error."
+    "A mean over images, with its standard error."
 
     value: float
     error: float
@@ -30,9 +30,9 @@ class Mean:
 
 @dataclass(frozen=True)
 class ReconstructionScores:
-    "What comes back of pictures."
+    "What comes back of images."
 
-    pictures: int  # how many
+    images: int  # how many
     psnr: Mean  # dB
     ssim: Mean
     distance: Mean  # perceptual, lower is better
@@ -44,7 +44,7 @@ class ReconstructionScores:
         rows = {"PSNR in dB": str(self.psnr), "SSIM": str(self.ssim), "perceptual distance": str(self.distance),
                 "times fewer numbers": f"{self.fewer:g}"}  # fmt: skip
         if self.usage:
-            rows["entries used"] = f"{self.usage.used} of {self.usage.codes}, perplexity {self.usage.perplexity:.0f}"
+            rows["entries used"] = f"{self.usage.used} of {self.usage.num_codes}, perplexity {self.usage.perplexity:.0f}"
         return rows
 
     def __str__(self) -> str:
@@ -54,11 +54,11 @@ class ReconstructionScores:
 @torch.no_grad()
 def score_first_stage(
     first_stage: FirstStage,
-    images: Float[Tensor, "n 3 h w"],  # pictures that it has not seen, in [−1, 1]
+    images: Float[Tensor, "n 3 h w"],  # images that it has not seen, in [−1, 1]
     perceptual: Callable[[Tensor, Tensor], Tensor],  # a distance (b,), such as LPIPS
-    chunk: int = 64,  # pictures at once
+    chunk: int = 64,  # images at once
 ) -> ReconstructionScores:
-    "PSNR, SSIM and a perceptual distance between pictures and what comes back of them (as in table 8)."
+    "PSNR, SSIM and a perceptual distance between images and what comes back of them (as in table 8)."
     if len(images) < 2:
         raise LDMError(f"images: {len(images)} are too few for a mean with an error; give at least 2")
     values, indices = [], []

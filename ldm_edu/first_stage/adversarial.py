@@ -21,7 +21,7 @@ NORMS = ("batch", "group")  # what a discriminator may normalise over
 
 
 class PatchDiscriminator(nn.Module):
-    "A PatchGAN: pictures `(b, 3, h, w)` to one logit for each patch, `(b, 1, h', w')`; high means real (§ 3.1)."
+    "A PatchGAN: images `(b, 3, h, w)` to one logit for each patch, `(b, 1, h', w')`; high means real (§ 3.1)."
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class PatchDiscriminator(nn.Module):
             stack += [nn.Conv2d(a, b, 4, stride, padding=1, bias=False), between, nn.LeakyReLU(0.2)]
         self.main = nn.Sequential(*stack, nn.Conv2d(widths[-1], 1, 4, padding=1))
         self.patch = 9 * 2**layers - 2  # pixels that one logit sees, along each side
-        self.smallest = 2 ** (layers + 2)  # pixels that a picture needs, along each side
+        self.smallest = 2 ** (layers + 2)  # pixels that an image needs, along each side
         self.apply(self.begin)
 
     @staticmethod
@@ -52,7 +52,7 @@ class PatchDiscriminator(nn.Module):
             nn.init.normal_(layer.weight, 1.0, 0.02)
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 1 h2 w2"]:
-        "A logit for each patch; `LDMError` for pictures that are too small for one."
+        "A logit for each patch; `LDMError` for images that are too small for one."
         if min(x.shape[-2:]) < self.smallest:
             raise LDMError(
                 f"x: {x.shape[-2]}×{x.shape[-1]} pixels are too few for this discriminator; take fewer layers"
@@ -61,7 +61,7 @@ class PatchDiscriminator(nn.Module):
 
 # %% ../../nbs/1_first_stage/14_adversarial.ipynb #5f020a21
 def hinge_loss(
-    real: Float[Tensor, "..."],  # logits of pictures
+    real: Float[Tensor, "..."],  # logits of images
     fake: Float[Tensor, "..."],  # logits of reconstructions
 ) -> Float[Tensor, ""]:
     "What the discriminator minimises: 0 where all are on the right side by 1, 1 where it always answers 0."
@@ -69,23 +69,23 @@ def hinge_loss(
 
 # %% ../../nbs/1_first_stage/14_adversarial.ipynb #8364f7b9
 def adaptive_weight(
-    near: Float[Tensor, ""],  # the loss that asks for a small distance
-    fool: Float[Tensor, ""],  # the loss that asks for a good verdict
+    rec_loss: Float[Tensor, ""],  # the loss that asks for a small distance
+    g_loss: Float[Tensor, ""],  # the loss that asks for a good verdict
     last_layer: Tensor,  # the decoder's last weights
     average: Callable[[Tensor], Tensor] = lambda gradient: gradient,  # of a gradient, over processes
 ) -> Float[Tensor, ""]:
-    "λ: how much longer the gradient of `near` is than that of `fool`, at most 1e4 (released code; not in the paper)."
-    lengths = [average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm() for loss in (near, fool)]
+    "λ: how much longer the gradient of `rec_loss` is than that of `g_loss`, at most 1e4 (released code; not in the paper)."
+    lengths = [average(torch.autograd.grad(loss, last_layer, retain_graph=True)[0]).norm() for loss in (rec_loss, g_loss)]
     return (lengths[0] / (lengths[1] + 1e-4)).clamp(0, 1e4).detach()
 
 # %% ../../nbs/1_first_stage/14_adversarial.ipynb #b58067eb
 class Adversary(nn.Module):
-    "The game of eq. 25, to be added to the other terms: what the autoencoder hears, and the critic's own loss."
+    "The game of eq. 25, to be added to the other terms: what the autoencoder hears, and the discriminator's own loss."
 
     def __init__(
         self,
         discriminator: PatchDiscriminator,
-        weight: float = 0.5,  # of the critic's voice, beside λ; 0.5 in the released KL recipes
+        weight: float = 0.5,  # of the discriminator's voice, beside λ; 0.5 in the released KL recipes
     ):
         super().__init__()
         if weight < 0:
@@ -94,16 +94,16 @@ class Adversary(nn.Module):
 
     def forward(
         self,
-        near: Float[Tensor, ""],  # the loss that asks for a small distance
-        x: Float[Tensor, "b 3 h w"],  # pictures
+        rec_loss: Float[Tensor, ""],  # the loss that asks for a small distance
+        x: Float[Tensor, "b 3 h w"],  # images
         reconstruction: Float[Tensor, "b 3 h w"],
         last_layer: Tensor,  # the decoder's last weights
         average: Callable[[Tensor], Tensor] = lambda gradient: gradient,  # of a gradient, over processes
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        "Its share of the loss, and the terms for the log: `fool`, `critic` and λ as `loudness`."
+        "Its share of the loss, and the terms for the log: `g_loss`, `d_loss` and λ as `d_weight`."
         constants = {name: weight.detach() for name, weight in self.discriminator.named_parameters()}
-        fool = -functional_call(self.discriminator, constants, reconstruction).mean()
-        loudness = adaptive_weight(near, fool, last_layer, average)
-        critic = hinge_loss(self.discriminator(x), self.discriminator(reconstruction.detach()))
-        terms = {"fool": fool.detach(), "critic": critic.detach(), "loudness": loudness}
-        return self.weight * loudness * fool + critic, terms
+        g_loss = -functional_call(self.discriminator, constants, reconstruction).mean()
+        d_weight = adaptive_weight(rec_loss, g_loss, last_layer, average)
+        d_loss = hinge_loss(self.discriminator(x), self.discriminator(reconstruction.detach()))
+        terms = {"g_loss": g_loss.detach(), "d_loss": d_loss.detach(), "d_weight": d_weight}
+        return self.weight * d_weight * g_loss + d_loss, terms

@@ -131,7 +131,7 @@ class Level(nn.Module):
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #bc9e485d
 class Encoder(nn.Module):
-    "Pictures `(b, 3, h, w)` to features `(b, c_out, h/f, w/f)` with f = 2^(levels − 1) (§ 3.1)."
+    "Images `(b, 3, h, w)` to features `(b, c_out, h/f, w/f)` with f = 2^(levels − 1) (§ 3.1)."
 
     def __init__(
         self,
@@ -155,25 +155,25 @@ class Encoder(nn.Module):
         self.mid = Middle(widths[-1], attention, groups)
         self.norm_out, self.conv_out = norm(widths[-1], groups), nn.Conv2d(widths[-1], c_out, 3, padding=1)
 
-    def shrink(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d h3 w3"]:
+    def encode_local(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d h3 w3"]:
         "The first half: the levels before any attention."
         h = self.conv_in(x)
         for level in self.down[: self.local]:
             h = level(h)
         return h
 
-    def finish(self, h: Float[Tensor, "b d h3 w3"]) -> Float[Tensor, "b c_out h2 w2"]:
+    def encode_global(self, h: Float[Tensor, "b d h3 w3"]) -> Float[Tensor, "b c_out h2 w2"]:
         "The second half: where every place asks every other."
         for level in self.down[self.local :]:
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c_out h2 w2"]:
-        return self.finish(self.shrink(x))
+        return self.encode_global(self.encode_local(x))
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #5b2a518b
 class Decoder(nn.Module):
-    "Latents `(b, c_in, h/f, w/f)` to pictures `(b, 3, h, w)` (§ 3.1)."
+    "Latents `(b, c_in, h/f, w/f)` to images `(b, 3, h, w)` (§ 3.1)."
 
     def __init__(
         self,
@@ -199,21 +199,21 @@ class Decoder(nn.Module):
             nn.Conv2d(channels * multipliers[0], 3, 3, padding=1),
         )
 
-    def start(self, z: Float[Tensor, "b c_in h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
+    def decode_global(self, z: Float[Tensor, "b c_in h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
         "The first half: where every place asks every other."
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up[self.local :]):
             h = level(h)
         return h
 
-    def grow(self, h: Float[Tensor, "b d h3 w3"]) -> Float[Tensor, "b 3 h w"]:
+    def decode_local(self, h: Float[Tensor, "b d h3 w3"]) -> Float[Tensor, "b 3 h w"]:
         "The second half: the levels after all attention."
         for level in reversed(self.up[: self.local]):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
     def forward(self, z: Float[Tensor, "b c_in h2 w2"]) -> Float[Tensor, "b 3 h w"]:
-        return self.grow(self.start(z))
+        return self.decode_local(self.decode_global(z))
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #f1e186c9
 class DiagonalGaussian:
@@ -234,7 +234,7 @@ class DiagonalGaussian:
         return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
 
     def kl(self) -> Float[Tensor, " b"]:
-        "KL divergence from N(0, I) in nats, summed over all latent numbers of a picture (named in app. G)."
+        "KL divergence from N(0, I) in nats, summed over all latent numbers of an image (named in app. G)."
         return 0.5 * (self.mean**2 + self.logvar.exp() - 1 - self.logvar).sum(dim=(1, 2, 3))
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #012b33fc
@@ -247,34 +247,34 @@ class Quantized(NamedTuple):
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #bafc6d6a
 class FirstStage(Part, nn.Module):
-    "What every first stage can do: pictures in [−1, 1] to latents and back, at a downsampling factor f (§ 3.1)."
+    "What every first stage can do: images in [−1, 1] to latents and back, at a downsampling factor f (§ 3.1)."
 
-    follow = ("scale_factor", "made")  # known after training only, so the config reads them from the module
+    follow = ("scale_factor", "provenance")  # known after training only, so the config reads them from the module
     f: int  # downsampling factor
     latent_channels: int  # c
     scale_factor: float = 1.0  # 1 / standard deviation of the latents (app. G)
-    made: dict[str, Any] | None = None  # recipe, steps, seconds, device, scores
+    provenance: dict[str, Any] | None = None  # recipe, steps, seconds, device, scores
 
-    def shrink(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d h3 w3"]:
-        "Encoding, first half: features of the picture, made without attention."
-        return self.encoder.shrink(x)
+    def encode_local(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d h3 w3"]:
+        "Encoding, first half: features of the image, made without attention."
+        return self.encoder.encode_local(x)
 
     @abstractmethod
-    def finish(self, h: Float[Tensor, "b d h3 w3"]) -> DiagonalGaussian:
+    def encode_global(self, h: Float[Tensor, "b d h3 w3"]) -> DiagonalGaussian:
         "Encoding, second half: the distribution of the latent, not rescaled."
 
     @abstractmethod
-    def start(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
+    def decode_global(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
         "Decoding, first half: features of a rescaled latent."
 
-    def grow(self, h: Float[Tensor, "b d h3 w3"]) -> Float[Tensor, "b 3 h w"]:
-        "Decoding, second half: the picture, made without attention."
-        return self.decoder.grow(h)
+    def decode_local(self, h: Float[Tensor, "b d h3 w3"]) -> Float[Tensor, "b 3 h w"]:
+        "Decoding, second half: the image, made without attention."
+        return self.decoder.decode_local(h)
 
     def posterior(self, x: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:
         "The distribution of the latent, not rescaled; `LDMError` where height or width is no multiple of f."
         self.check_size(x)
-        return self.finish(self.shrink(x))
+        return self.encode_global(self.encode_local(x))
 
     def latent(
         self,
@@ -286,15 +286,15 @@ class FirstStage(Part, nn.Module):
 
     def encode(
         self,
-        x: Float[Tensor, "b 3 h w"],  # pictures in [−1, 1]
+        x: Float[Tensor, "b 3 h w"],  # images in [−1, 1]
         noise: Float[Tensor, "b c h2 w2"] | None = None,  # standard normal: a draw; None: the mean
     ) -> Float[Tensor, "b c h2 w2"]:
         "The latent for the diffusion model, (b, c, h/f, w/f), rescaled by `scale_factor` (app. G)."
         return self.latent(self.posterior(x), noise)
 
     def decode(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
-        "The picture of a rescaled latent; not clamped to [−1, 1]."
-        return self.grow(self.start(z))
+        "The image of a rescaled latent; not clamped to [−1, 1]."
+        return self.decode_local(self.decode_global(z))
 
     def reconstruct(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         "There and back by the mean, clamped to [−1, 1]."
@@ -314,7 +314,7 @@ class FirstStage(Part, nn.Module):
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #31ba3fa0
 class AutoencoderKL(FirstStage):
-    "The KL-regularised first stage of § 3.1: pictures in [−1, 1] to latents of unit standard deviation and back."
+    "The KL-regularised first stage of § 3.1: images in [−1, 1] to latents of unit standard deviation and back."
 
     def __init__(
         self,
@@ -326,7 +326,7 @@ class AutoencoderKL(FirstStage):
         groups: int = 32,  # groups of every GroupNorm
         scale_factor: float = 1.0,  # 1 / standard deviation of the latents (app. G)
         attention_factors: tuple[int, ...] = (),  # downsampling factors of levels with attention behind every block
-        made: dict[str, Any] | None = None,  # recipe, steps, seconds, device, scores
+        provenance: dict[str, Any] | None = None,  # recipe, steps, seconds, device, scores
     ):
         super().__init__()
         shape = (channels, tuple(multipliers), blocks, attention, tuple(attention_factors), groups)
@@ -335,19 +335,19 @@ class AutoencoderKL(FirstStage):
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.latent_channels, self.f = latent_channels, 2 ** (len(multipliers) - 1)
-        self.scale_factor, self.made = scale_factor, made
+        self.scale_factor, self.provenance = scale_factor, provenance
 
-    def finish(self, h: Float[Tensor, "b d h3 w3"]) -> DiagonalGaussian:
+    def encode_global(self, h: Float[Tensor, "b d h3 w3"]) -> DiagonalGaussian:
         "The encoder's Gaussian, not rescaled."
-        return DiagonalGaussian(*self.quant_conv(self.encoder.finish(h)).chunk(2, dim=1))
+        return DiagonalGaussian(*self.quant_conv(self.encoder.encode_global(h)).chunk(2, dim=1))
 
-    def start(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
+    def decode_global(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
         "The decoder's first half, on a latent in the encoder's own units."
-        return self.decoder.start(self.post_quant_conv(z / self.scale_factor))
+        return self.decoder.decode_global(self.post_quant_conv(z / self.scale_factor))
 
     def forward(
         self,
-        x: Float[Tensor, "b 3 h w"],  # pictures in [−1, 1]
+        x: Float[Tensor, "b 3 h w"],  # images in [−1, 1]
         noise: Float[Tensor, "b c h2 w2"] | None = None,  # standard normal; drawn here where it is not given
     ) -> tuple[Float[Tensor, "b 3 h w"], DiagonalGaussian]:
         "What training looks at: the reconstruction from a draw, and the Gaussian that it was drawn from."
@@ -358,8 +358,8 @@ class AutoencoderKL(FirstStage):
 @torch.no_grad()
 def estimate_scale(
     first_stage: FirstStage,
-    images: Float[Tensor, "n 3 h w"],  # pictures in [−1, 1]
-    chunk: int = 64,  # pictures encoded at a time
+    images: Float[Tensor, "n 3 h w"],  # images in [−1, 1]
+    chunk: int = 64,  # images encoded at a time
 ) -> float:
     "1 / σ̂, the factor that gives drawn latents unit standard deviation, over all numbers of all latents (app. G)."
     z = torch.cat([first_stage.posterior(x).sample() for x in images.split(chunk)])

@@ -16,11 +16,11 @@ from ..errors import LDMError
 
 # %% ../../nbs/1_first_stage/12_losses.ipynb #f7bf8320
 def reconstruction_loss(
-    x: Float[Tensor, "b c h w"],  # pictures
+    x: Float[Tensor, "b c h w"],  # images
     reconstruction: Float[Tensor, "b c h w"],  # what came back
     l2_weight: float = 0.0,  # how much of the squared distance is added
 ) -> Float[Tensor, ""]:
-    "L1 + `l2_weight` × squared distance: sum over a picture, mean over the batch (as in the released code)."
+    "L1 + `l2_weight` × squared distance: sum over an image, mean over the batch (as in the released code)."
     error = (x - reconstruction).abs()
     return (error + l2_weight * error**2).sum(dim=(1, 2, 3)).mean()
 
@@ -37,10 +37,10 @@ class FirstStageLoss:
         self,
         kl_weight: float = 1e-6,  # λ of a KL-regularised stage; about 1e-6 in the paper (app. G)
         l2_weight: float = 0.0,  # λ₂ of the squared distance
-        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,  # a distance (b,) of pictures, such as LPIPS
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,  # a distance (b,) of images, such as LPIPS
         perceptual_weight: float = 1.0,  # of the perceptual distance against a pixel's L1
-        codebook_weight: float = 1.0,  # of a VQ-regularised stage's pulls
-        means: bool = False,  # means over a picture instead of sums; the released code sums for KL, and not for VQ
+        codebook_weight: float = 1.0,  # of a codebook loss of a VQ-regularised stage
+        means: bool = False,  # means over an image instead of sums; the released code sums for KL, and not for VQ
     ):
         weights = {"kl_weight": kl_weight, "l2_weight": l2_weight, "perceptual_weight": perceptual_weight,
                    "codebook_weight": codebook_weight}  # fmt: skip
@@ -49,7 +49,7 @@ class FirstStageLoss:
         self.kl_weight, self.l2_weight, self.perceptual_weight = kl_weight, l2_weight, perceptual_weight
         self.codebook_weight, self.perceptual, self.means = codebook_weight, perceptual, means
 
-    def near(self, x: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def rec_loss(self, x: Tensor, reconstruction: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         "L_rec: in pixels and in features."
         values, loss = x[0].numel(), reconstruction_loss(x, reconstruction, self.l2_weight)
         terms = {"l1": (x - reconstruction).abs().mean().detach()}
@@ -58,23 +58,23 @@ class FirstStageLoss:
             loss, terms["perceptual"] = loss + self.perceptual_weight * values * far, far.detach()
         return (loss / values if self.means else loss), terms
 
-    def regularisation(self, regulariser: DiagonalGaussian | Quantized) -> tuple[Tensor, dict[str, Tensor]]:
-        "L_reg: the KL divergence, or the pulls between latents and codebook."
+    def reg_loss(self, regulariser: DiagonalGaussian | Quantized) -> tuple[Tensor, dict[str, Tensor]]:
+        "L_reg: the KL divergence, or the codebook loss."
         if isinstance(regulariser, DiagonalGaussian):
             kl, values = kl_loss(regulariser), regulariser.mean[0].numel()
             return self.kl_weight * (kl / values if self.means else kl), {"kl": kl.detach()}
-        pulls, values = regulariser.loss, regulariser.z[0].numel()
-        return self.codebook_weight * (pulls if self.means else pulls * values), {"codebook": pulls.detach()}
+        codebook, values = regulariser.loss, regulariser.z[0].numel()
+        return self.codebook_weight * (codebook if self.means else codebook * values), {"codebook": codebook.detach()}
 
     def __call__(
         self,
-        x: Float[Tensor, "b 3 h w"],  # pictures in [−1, 1]
+        x: Float[Tensor, "b 3 h w"],  # images in [−1, 1]
         reconstruction: Float[Tensor, "b 3 h w"],  # what the decoder gave
         regulariser: DiagonalGaussian | Quantized,  # what came before the decoder
         adversary: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, dict]] | None = None,  # see 14_adversarial
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
-        "The loss, and its terms for the log: `l1` per value, `perceptual`, `kl` in nats per picture or `codebook`, …"
-        near, terms = self.near(x, reconstruction)
-        tame, more = self.regularisation(regulariser)
-        share, rest = adversary(near, x, reconstruction) if adversary else (0.0, {})
-        return near + tame + share, terms | more | rest
+        "The loss, and its terms for the log: `l1` per value, `perceptual`, `kl` in nats per image or `codebook`, …"
+        rec_loss, terms = self.rec_loss(x, reconstruction)
+        reg_loss, reg_terms = self.reg_loss(regulariser)
+        adversarial, adversarial_terms = adversary(rec_loss, x, reconstruction) if adversary else (0.0, {})
+        return rec_loss + reg_loss + adversarial, terms | reg_terms | adversarial_terms

@@ -104,7 +104,7 @@ def from_diffusers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 # %% ../../nbs/workshop/published_weights.ipynb #54495ad7
 PREFIX = "first_stage_model."  # before the first stage's names, where the file holds a whole latent diffusion model
-LEFT_OUT = (  # beginnings of names that a released first stage may have and that no picture needs
+LEFT_OUT = (  # beginnings of names that a released first stage may have and that no image needs
     "loss.",  # discriminator, perceptual network, learned variance
     "model_ema.",  # running averages, without dots in their names
     "colorize",  # random colours for showing label maps
@@ -149,7 +149,7 @@ def config_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         attention_factors=tuple(2**i for i in range(levels) if f"encoder.down.{i}.attn.0.q.weight" in tensors),
     )
     codebook = "quantize.embedding.weight"
-    return config | ({"codes": _size(tensors, codebook)} if codebook in tensors else {})
+    return config | ({"num_codes": _size(tensors, codebook)} if codebook in tensors else {})
 
 # %% ../../nbs/workshop/published_weights.ipynb #2b3e92e1
 def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
@@ -173,7 +173,7 @@ def build(
     "The first stage of these tensors, as float32 and in eval mode; CheckpointError where one does not fit."
     config = config_of(tensors) | chosen
     with torch.device("meta"):  # shapes only: the weights come from the file
-        model = (AutoencoderVQ if "codes" in config else AutoencoderKL)(**config)
+        model = (AutoencoderVQ if "num_codes" in config else AutoencoderKL)(**config)
     _check_fit(model, tensors)
     model.load_state_dict({name: x.to(torch.float32, copy=True) for name, x in tensors.items()}, assign=True)
     return model.eval()
@@ -292,7 +292,7 @@ def _diffusers_config(first_stage: FirstStage) -> dict[str, Any]:
         "mid_block_add_attention": own["attention"],
         "norm_num_groups": own["groups"],
         "scaling_factor": first_stage.scale_factor,
-    } | ({"num_vq_embeddings": own["codes"]} if vq else {})
+    } | ({"num_vq_embeddings": own["num_codes"]} if vq else {})
 
 
 def save_diffusers(

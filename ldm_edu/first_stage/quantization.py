@@ -20,7 +20,7 @@ from ..errors import LDMError
 # %% ../../nbs/1_first_stage/15_quantization.ipynb #da1d41e8
 def nearest(
     z: Float[Tensor, "n c"],  # vectors
-    entries: Float[Tensor, "codes c"],  # the codebook
+    entries: Float[Tensor, "num_codes c"],  # the codebook
     rows: int = 4096,  # vectors looked at together; each needs a distance to every entry
 ) -> Int[Tensor, " n"]:
     "The index of the nearest entry, by Euclidean distance."
@@ -32,17 +32,17 @@ class VectorQuantizer(nn.Module):
 
     def __init__(
         self,
-        codes: int = 8192,  # |Z|, entries
+        num_codes: int = 8192,  # |Z|, entries
         channels: int = 3,  # c, the length of an entry
         commitment: float = 0.25,  # β
         legacy: bool = False,  # β on the entries' term, as in the released code
     ):
         super().__init__()
-        if codes < 1:
-            raise LDMError(f"codes={codes}: a codebook needs at least one entry")
+        if num_codes < 1:
+            raise LDMError(f"num_codes={num_codes}: a codebook needs at least one entry")
         self.commitment, self.legacy = commitment, legacy
-        self.embedding = nn.Embedding(codes, channels)
-        nn.init.uniform_(self.embedding.weight, -1 / codes, 1 / codes)
+        self.embedding = nn.Embedding(num_codes, channels)
+        nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
 
     def entries(self, indices: Int[Tensor, "b h w"]) -> Float[Tensor, "b c h w"]:
         "The entries of these numbers, as a latent."
@@ -63,7 +63,7 @@ class VectorQuantizer(nn.Module):
         return Quantized(z + (e - z).detach(), to_vectors + self.commitment * to_entries, indices)
 
     @torch.no_grad()
-    def start_from(self, z: Float[Tensor, "b c h w"]) -> None:
+    def init_from_data(self, z: Float[Tensor, "b c h w"]) -> None:
         "Put every entry on a vector of `z` drawn at random, so that each has a reason to be there."
         vectors = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1]).to(self.embedding.weight)
         self.embedding.weight.copy_(vectors[torch.randint(len(vectors), (self.embedding.num_embeddings,))])
@@ -74,23 +74,23 @@ class Usage(NamedTuple):
 
     used: int  # entries that were chosen at least once
     perplexity: float  # as many entries, used equally often, would say as much
-    codes: int  # entries there are
+    num_codes: int  # entries there are
 
 
 def codebook_usage(
     indices: Int[Tensor, "..."],  # numbers of the chosen entries
-    codes: int,  # |Z|
+    num_codes: int,  # |Z|
 ) -> Usage:
     "How many entries were chosen, and how evenly."
-    share = torch.bincount(indices.flatten(), minlength=codes) / indices.numel()
+    share = torch.bincount(indices.flatten(), minlength=num_codes) / indices.numel()
     entropy = -torch.xlogy(share, share).sum()
-    return Usage(int((share > 0).sum()), entropy.exp().item(), codes)
+    return Usage(int((share > 0).sum()), entropy.exp().item(), num_codes)
 
 # %% ../../nbs/1_first_stage/15_quantization.ipynb #c3be1f0a
 class AutoencoderVQ(FirstStage):
     "The VQ-regularised first stage of § 3.1: latents before quantisation; the codebook is the decoder's first layer."
 
-    follow = ("made",)
+    follow = ("provenance",)
 
     def __init__(
         self,
@@ -98,26 +98,26 @@ class AutoencoderVQ(FirstStage):
         multipliers: tuple[int, ...] = (1, 2, 4),  # widths of the levels; f = 2^(levels − 1)
         blocks: int = 2,  # residual blocks per level
         latent_channels: int = 3,  # c, the channels of the latent
-        codes: int = 8192,  # |Z|, entries of the codebook
+        num_codes: int = 8192,  # |Z|, entries of the codebook
         attention: bool = True,  # attention in the middle of encoder and decoder
         groups: int = 32,  # groups of every GroupNorm
         attention_factors: tuple[int, ...] = (),  # downsampling factors of levels with attention behind every block
         commitment: float = 0.25,  # β, see `VectorQuantizer`
         legacy: bool = False,  # β where the released code has it
-        made: dict[str, Any] | None = None,  # recipe, steps, seconds, device, scores
+        provenance: dict[str, Any] | None = None,  # recipe, steps, seconds, device, scores
     ):
         super().__init__()
         shape = (channels, tuple(multipliers), blocks, attention, tuple(attention_factors), groups)
         self.encoder = Encoder(latent_channels, *shape)
         self.decoder = Decoder(latent_channels, *shape)
-        self.quantize = VectorQuantizer(codes, latent_channels, commitment, legacy)
+        self.quantize = VectorQuantizer(num_codes, latent_channels, commitment, legacy)
         self.quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
-        self.latent_channels, self.f, self.made = latent_channels, 2 ** (len(multipliers) - 1), made
+        self.latent_channels, self.f, self.provenance = latent_channels, 2 ** (len(multipliers) - 1), provenance
 
-    def finish(self, h: Float[Tensor, "b d h3 w3"]) -> DiagonalGaussian:
+    def encode_global(self, h: Float[Tensor, "b d h3 w3"]) -> DiagonalGaussian:
         "The latent before quantisation, as a Gaussian of practically no width."
-        z = self.quant_conv(self.encoder.finish(h))
+        z = self.quant_conv(self.encoder.encode_global(h))
         return DiagonalGaussian(z, torch.full_like(z, -30.0))
 
     def latent(
@@ -128,13 +128,13 @@ class AutoencoderVQ(FirstStage):
         "The latent before quantisation, not rescaled (app. G)."
         return posterior.mean
 
-    def start(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
+    def decode_global(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
         "The decoder's first half, whose first layer is the codebook."
-        return self.decoder.start(self.post_quant_conv(self.quantize(z).z))
+        return self.decoder.decode_global(self.post_quant_conv(self.quantize(z).z))
 
     def forward(
         self,
-        x: Float[Tensor, "b 3 h w"],  # pictures in [−1, 1]
+        x: Float[Tensor, "b 3 h w"],  # images in [−1, 1]
         noise: Float[Tensor, "b c h2 w2"] | None = None,  # not used
     ) -> tuple[Float[Tensor, "b 3 h w"], Quantized]:
         "What training looks at: the reconstruction, and what the codebook made of the latent."
@@ -143,33 +143,33 @@ class AutoencoderVQ(FirstStage):
 
 # %% ../../nbs/1_first_stage/15_quantization.ipynb #3d672f9a
 class IdentityFirstStage(FirstStage):
-    "f = 1: the latent is the picture itself, so the diffusion model works on pixels (LDM-1, § 4.1)."
+    "f = 1: the latent is the image itself, so the diffusion model works on pixels (LDM-1, § 4.1)."
 
-    follow = ("made",)
+    follow = ("provenance",)
 
-    def __init__(self, made: dict[str, Any] | None = None):
+    def __init__(self, provenance: dict[str, Any] | None = None):
         super().__init__()
-        self.f, self.latent_channels, self.made = 1, 3, made
+        self.f, self.latent_channels, self.provenance = 1, 3, provenance
 
-    def shrink(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        "The picture."
+    def encode_local(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+        "The image."
         return x
 
-    def finish(self, h: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:
-        "The picture, as a Gaussian of practically no width."
+    def encode_global(self, h: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:
+        "The image, as a Gaussian of practically no width."
         return DiagonalGaussian(h, torch.full_like(h, -30.0))
 
     def latent(
         self, posterior: DiagonalGaussian, noise: Float[Tensor, "b 3 h w"] | None = None
     ) -> Float[Tensor, "b 3 h w"]:
-        "The picture."
+        "The image."
         return posterior.mean
 
-    def start(self, z: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    def decode_global(self, z: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         "The latent."
         return z
 
-    def grow(self, h: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    def decode_local(self, h: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         "The latent."
         return h
 
@@ -182,5 +182,5 @@ def load_first_stage(
     folder = checkpoint_path(name)
     folder = folder / (part or ("first_stage" if (folder / "first_stage").is_dir() else ""))
     config = load_json(folder / "config.json")
-    kind = AutoencoderVQ if "codes" in config else AutoencoderKL if "channels" in config else IdentityFirstStage
+    kind = AutoencoderVQ if {"num_codes", "codes"} & config.keys() else AutoencoderKL if "channels" in config else IdentityFirstStage
     return kind.from_pretrained(folder)

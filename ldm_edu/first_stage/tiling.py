@@ -168,13 +168,13 @@ def _to_model(first_stage: FirstStage, x: Tensor) -> Tensor:
 @torch.no_grad()
 def encode_tiled(
     first_stage: FirstStage,
-    x: Float[Tensor, "b 3 h w"],  # pictures in [−1, 1], of any size that is a multiple of f
+    x: Float[Tensor, "b 3 h w"],  # images in [−1, 1], of any size that is a multiple of f
     noise: Float[Tensor, "b c h2 w2"] | None = None,  # standard normal: a draw; None: the mean
     tile: int = 512,  # pixels a side, a multiple of f
     overlap: int | None = None,  # pixels, a multiple of f; None: 16 f, at most half a tile
     norms: str = "thumbnail",  # GroupNorm's statistics: of the whole, shrunk to a tile, or of each "tile"
 ) -> Float[Tensor, "b c h2 w2"]:
-    "`first_stage.encode(x, noise)`, all large arrays in tiles; a picture no larger than a tile gives exactly that."
+    "`first_stage.encode(x, noise)`, all large arrays in tiles; an image no larger than a tile gives exactly that."
     first_stage.check_size(x)
     f, (tile_cells, overlap_cells) = first_stage.f, _cells(first_stage, tile, overlap)
     cells = (x.shape[-2] // f, x.shape[-1] // f)
@@ -182,30 +182,30 @@ def encode_tiled(
         wanted = (len(x), first_stage.latent_channels, *cells)
         raise LDMError(f"noise: shape {tuple(noise.shape)}, but the latent's is {wanted}")
 
-    def shrink(piece: Tensor) -> Tensor:
-        return first_stage.shrink(_to_model(first_stage, piece))
+    def encode_local(piece: Tensor) -> Tensor:
+        return first_stage.encode_local(_to_model(first_stage, piece))
 
-    with _thumbnail_norms(norms, first_stage, shrink, x, tile):
-        h = _assemble(lambda rows, columns: shrink(_cut(x, rows, columns, f)), cells, tile_cells, overlap_cells)
+    with _thumbnail_norms(norms, first_stage, encode_local, x, tile):
+        h = _assemble(lambda rows, columns: encode_local(_cut(x, rows, columns, f)), cells, tile_cells, overlap_cells)
     noise = None if noise is None else _to_model(first_stage, noise)
-    return first_stage.latent(first_stage.finish(h), noise).to(x)
+    return first_stage.latent(first_stage.encode_global(h), noise).to(x)
 
 # %% ../../nbs/workshop/tiling.ipynb #22dfa4b8
 @torch.no_grad()
 def decode_tiled(
     first_stage: FirstStage,
     z: Float[Tensor, "b c h2 w2"],  # rescaled latents of any size
-    tile: int = 512,  # pixels a side of the picture, a multiple of f
+    tile: int = 512,  # pixels a side of the image, a multiple of f
     overlap: int | None = None,  # pixels, a multiple of f; None: 16 f, at most half a tile
     norms: str = "thumbnail",  # GroupNorm's statistics: of the whole, shrunk to a tile, or of each "tile"
 ) -> Float[Tensor, "b 3 h w"]:
     "`first_stage.decode(z)`, all large arrays in tiles; a latent no larger than a tile gives exactly that."
     tile_cells, overlap_cells = _cells(first_stage, tile, overlap)
-    h = first_stage.start(_to_model(first_stage, z))
-    scale = h.shape[-1] // z.shape[-1]  # 1, but for levels with attention, which `start` has whole
+    h = first_stage.decode_global(_to_model(first_stage, z))
+    scale = h.shape[-1] // z.shape[-1]  # 1, but for levels with attention, which `decode_global` has whole
 
-    def grow(rows: slice, columns: slice) -> Tensor:
-        return first_stage.grow(_cut(h, rows, columns, scale)).to(z)
+    def decode_local(rows: slice, columns: slice) -> Tensor:
+        return first_stage.decode_local(_cut(h, rows, columns, scale)).to(z)
 
-    with _thumbnail_norms(norms, first_stage, first_stage.grow, h, tile_cells * scale):
-        return _assemble(grow, tuple(z.shape[-2:]), tile_cells, overlap_cells)
+    with _thumbnail_norms(norms, first_stage, first_stage.decode_local, h, tile_cells * scale):
+        return _assemble(decode_local, tuple(z.shape[-2:]), tile_cells, overlap_cells)

@@ -17,14 +17,14 @@ from ldm_edu.training.run import writing
 @torch.no_grad()
 def encode_all(
     first_stage: FirstStage,
-    pictures: ImageCache,
+    dataset: ImageCache,
     accelerator: Accelerator,
-    n: int | None = None,  # the first n pictures; None: all
+    n: int | None = None,  # the first n images; None: all
 ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
-    "Mean and log-variance of pictures' latents, not rescaled (CPU)."
-    parts, n = [], len(pictures) if n is None else n
+    "Mean and log-variance of images' latents, not rescaled (CPU)."
+    parts, n = [], len(dataset) if n is None else n
     for start in progress(range(0, n, 64), "encoding"):
-        x = pictures.images(range(start, min(start + 64, n))).to(accelerator.device, accelerator.dtype)
+        x = dataset.images(range(start, min(start + 64, n))).to(accelerator.device, accelerator.dtype)
         with accelerator.autocast():
             posterior = first_stage.posterior(x)
         parts.append((posterior.mean.float().cpu(), posterior.logvar.float().cpu()))
@@ -32,7 +32,7 @@ def encode_all(
     return torch.cat(means), torch.cat(logvars)
 
 
-def fingerprint(module: nn.Module) -> str:
+def weights_checksum(module: nn.Module) -> str:
     "A checksum of a module's weights."
     total = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
@@ -43,20 +43,20 @@ def fingerprint(module: nn.Module) -> str:
 def cached_latents(
     path: Path,
     first_stage: FirstStage,
-    pictures: ImageCache,
+    dataset: ImageCache,
     accelerator: Accelerator,
-    n: int | None = None,  # the first n pictures; None: all
+    n: int | None = None,  # the first n images; None: all
 ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
-    "What `encode_all` gives, from the file `path` where it fits weights and pictures; else made, and written there."
-    n = len(pictures) if n is None else n
-    notes = {"first_stage": fingerprint(first_stage), "pictures": json.dumps(pictures.identity()), "n": str(n)}
+    "What `encode_all` gives, from the file `path` where it fits weights and images; else made, and written there."
+    n = len(dataset) if n is None else n
+    notes = {"first_stage": weights_checksum(first_stage), "images": json.dumps(dataset.identity()), "n": str(n)}
     try:
         if load_notes(path) == notes:
             tensors = load_tensors(path)
             return tensors["mean"], tensors["logvar"]
     except CheckpointError:  # missing or damaged: it can be made again
         pass
-    mean, logvar = encode_all(first_stage, pictures, accelerator, n)
+    mean, logvar = encode_all(first_stage, dataset, accelerator, n)
     if accelerator.is_main_process:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

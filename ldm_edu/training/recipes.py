@@ -28,12 +28,12 @@ class Training:
     warmup: int = 100  # steps over which the learning rate rises from 0
     decay: bool = True  # does the learning rate fall to 0 along half a cosine? (the paper's tables give one number)
     ema: float = 0.999  # d, how much of the moving average is kept at a step
-    clip: float = 1.0  # largest norm of all gradients together, of a critic's apart
+    clip: float = 1.0  # largest norm of all gradients together, of those of the discriminator apart
     weight_decay: float = 0.0  # AdamW's
     betas: tuple[float, float] = (0.9, 0.99)  # AdamW's memory, of the gradient and of its square
     accumulate: int = 1  # pieces in which a batch is computed: less memory
-    images: int | None = None  # how many training pictures; None: all there are
-    keep: str = "last"  # whose weights become the model: those of the "last" step, or the "best" on unseen data
+    images: int | None = None  # how many training images; None: all there are
+    keep: str = "last"  # whose weights become the model: those of the "last" step, or the "best" on held-out data
 
     def __post_init__(self):
         for name, least in {"steps": 1, "batch_size": 1, "warmup": 0, "accumulate": 1}.items():
@@ -61,11 +61,11 @@ PERCEPTUAL = ("toy-features", "lpips-alex", "lpips-vgg")  # distances that a fir
 
 @dataclass(frozen=True)
 class AdversarialRecipe:
-    "The critic of 14_adversarial (eq. 25; its numbers are in the released code only)."
+    "The discriminator of 14_adversarial (eq. 25; its numbers are in the released code only)."
 
     start: int  # step at which the game begins; 50,001 in the released KL configurations
-    weight: float = 0.5  # of the critic's voice, beside the adaptive λ
-    channels: int = 64  # width of the critic's first layer
+    weight: float = 0.5  # of the adversarial loss, beside the adaptive λ
+    channels: int = 64  # width of the discriminator's first layer
     layers: int = 3  # its halvings
     norm: str = "batch"  # or "group", where a step must not depend on how a batch is shared
 
@@ -85,11 +85,11 @@ class FirstStageRecipe:
     l2_weight: float = 5.0  # λ₂ of the squared distance, beside L1; see 12_losses
     attention_factors: tuple[int, ...] = ()  # downsampling factors of levels with attention behind every block
     regulariser: str = "kl"  # one of REGULARISERS
-    codes: int = 8192  # |Z|, entries of a codebook; for "vq"
+    num_codes: int = 8192  # |Z|, entries of a codebook; for "vq"
     commitment: float = 0.25  # β, see 15_quantization; for "vq"
     legacy: bool = False  # β where the released code has it; for "vq"
     from_data: bool = True  # do the entries begin on latents? else near 0, as in the released code; for "vq"
-    codebook_weight: float = 1.0  # of the pulls between latents and entries; for "vq"
+    codebook_weight: float = 1.0  # of the codebook loss; for "vq"
     perceptual: str | None = None  # one of PERCEPTUAL
     perceptual_weight: float = 1.0  # of that distance against a pixel's L1
     adversarial: AdversarialRecipe | None = None
@@ -140,7 +140,7 @@ class Recipe:
     name: str  # what `ldm-edu train` is given
     about: str  # one line for the list
     dataset: str  # "toy", "celeba", "coco" or "folder"
-    size: int  # height and width of the pictures
+    size: int  # height and width of the images
     first_stage: FirstStageRecipe
     diffusion: DiffusionRecipe
     seed: int = 0  # of initial weights, order, noise
@@ -167,7 +167,7 @@ class AutoencoderRecipe:
     name: str  # what `ldm-edu train` is given
     about: str  # one line for the list
     dataset: str  # "toy", "toy-faces", "celeba", "coco" or "folder"
-    size: int  # height and width of the pictures
+    size: int  # height and width of the images
     first_stage: FirstStageRecipe
     seed: int = 0  # of initial weights, order, noise
 
@@ -183,7 +183,7 @@ class AutoencoderRecipe:
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #16f1eb47
 TOY_TEXT2IMAGE = Recipe(
     name="toy-text2image",
-    about="captions of drawn scenes to pictures of 64², the model that ships with the package",
+    about="captions of drawn scenes to images of 64², the model that ships with the package",
     dataset="toy",
     size=64,
     first_stage=FirstStageRecipe(training=Training(steps=8000, batch_size=8, lr=2e-3, ema=0.998, images=20_000)),
@@ -243,13 +243,13 @@ TOY_VQ_F4 = replace(
     TOY_KL_F4,
     name="toy-vq-f4",
     about="the same with a codebook",
-    first_stage=replace(TOY_KL_F4.first_stage, regulariser="vq", codes=512),
+    first_stage=replace(TOY_KL_F4.first_stage, regulariser="vq", num_codes=512),
 )
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #de14a36d
 PAPER_KL_F4 = AutoencoderRecipe(
     name="paper-kl-f4",
-    about="the paper's KL first stage of f = 4, 256² (table 8); needs a large GPU and your own pictures",
+    about="the paper's KL first stage of f = 4, 256² (table 8); needs a large GPU and your own images",
     dataset="folder",
     size=256,
     first_stage=FirstStageRecipe(
@@ -283,7 +283,7 @@ PAPER_VQ_F4 = replace(
         PAPER_KL_F4.first_stage,
         training=replace(PAPER_KL_F4.first_stage.training, batch_size=8, accumulate=1, lr=8 * 4.5e-6),
         regulariser="vq",
-        codes=8192,
+        num_codes=8192,
         legacy=True,
         from_data=False,
         adversarial=AdversarialRecipe(start=0, weight=0.75),
@@ -306,9 +306,9 @@ class ReaderRecipe:
     about: str  # one line for the list
     training: Training
     channels: tuple[int, int, int] = (32, 64, 96)  # at 32², 16² and 8²
-    unseen: float = 0.3  # share of scenes with a pair of colour and shape that `train` has not
-    first_stages: tuple[str, ...] = ("toy-text2image",)  # shipped models through which pictures are sent
-    reconstructed: float = 0.25  # share of pictures that have been through one of them
+    unseen_pairs: float = 0.3  # share of scenes with a pair of colour and shape that `train` has not
+    first_stages: tuple[str, ...] = ("toy-text2image",)  # shipped models through which images are sent
+    reconstructed: float = 0.25  # share of images that have been through one of them
     latent_noise: float = 0.3  # largest standard deviation of noise on such a latent
     seed: int = 0  # of initial weights, order, noise
 
@@ -384,14 +384,18 @@ PARTS_OF_A_RECIPE = {
 }
 
 
+_OLD_NAMES = {"codes": "num_codes", "unseen": "unseen_pairs"}  # fields as version 0.1.0 wrote them
+
+
 def _build(cls: type, values: Mapping[str, Any]) -> Any:
     "A dataclass from a dict, the dataclasses in it too, lists as tuples; `LDMError` names a field that it has not."
+    values = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
     if unknown := set(values) - {f.name for f in fields(cls)}:
         raise LDMError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
-    made = {
+    built = {
         k: _build(PARTS_OF_A_RECIPE[k], v) if k in PARTS_OF_A_RECIPE and v is not None else v for k, v in values.items()
     }
-    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in made.items()})
+    return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in built.items()})
 
 
 KINDS_OF_RECIPE = {

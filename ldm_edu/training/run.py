@@ -66,13 +66,13 @@ class Run:
     accelerator: Accelerator
     every: int = 100  # steps between lines of the log
     save_every: float = 60.0  # seconds between checkpoints
-    looks: int = 10  # how often a stage draws samples into the folder; 0: never
+    sample_every: int | None = None  # steps between samples drawn into the folder; None: a tenth of the stage; 0: never
     compile: bool = False  # torch.compile the network?
     channels_last: bool = False  # keep the channels of a pixel side by side in memory? faster convolutions on many GPUs
     notes: Mapping[str, str] = field(default_factory=dict)  # texts for every checkpoint: recipe and versions
-    say: Callable[[str], None] | None = None  # is told what the log is told, where no progress bar is
+    log_fn: Callable[[str], None] | None = None  # called with each log line when no progress bar is shown
 
-    def note(self, **values: Any) -> None:
+    def log(self, **values: Any) -> None:
         "One more line in log.jsonl."
         if not self.accelerator.is_main_process:
             return
@@ -80,26 +80,26 @@ class Run:
         with writing(path), open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")
 
-    def lines(self) -> list[dict[str, Any]]:
+    def read_log(self) -> list[dict[str, Any]]:
         "The log; a line that was cut short is left out."
         path = self.folder / "log.jsonl"
         text = path.read_text(encoding="utf-8") if path.exists() else ""
         return [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
 
-    def forget(self, stage: str, step: int) -> None:
+    def cut_log(self, stage: str, step: int) -> None:
         "Drop the lines of a stage from after `step`, which will be done again."
         path = self.folder / "log.jsonl"
         if self.accelerator.is_main_process and path.exists():
-            told = [line for line in self.lines() if line["stage"] != stage or line["step"] <= step]
+            told = [line for line in self.read_log() if line["stage"] != stage or line["step"] <= step]
             with writing(path), atomic(path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in told), encoding="utf-8")
 
-    def mine(self, indices: Sequence[int]) -> list[int]:
+    def shard(self, indices: Sequence[int]) -> list[int]:
         "This process's share of a batch."
         return list(indices[self.accelerator.process_index :: self.accelerator.num_processes])
 
 
-def check_shares(
+def check_batch_size(
     training: Training,
     n: int,  # processes
 ) -> None:
@@ -113,14 +113,14 @@ def check_shares(
 
 
 def plot_log(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    "Every stage's loss, and its loss on unseen data where there is one, over the steps."
+    "Every stage's loss, and its loss on held-out data where there is one, over the steps."
     from matplotlib.figure import Figure
 
     stages = list(dict.fromkeys(line["stage"] for line in lines))
     figure = Figure(figsize=(5 * max(1, len(stages)), 3), dpi=100, layout="constrained")
     for i, stage in enumerate(stages):
         axes = figure.add_subplot(1, len(stages), i + 1, title=stage, xlabel="step", yscale="log")
-        for name in ("loss", "unseen"):
+        for name in ("loss", "held_out"):
             if rows := [line for line in lines if line["stage"] == stage and line.get(name, 0) > 0]:
                 axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
         axes.legend(frameon=False)
@@ -128,33 +128,33 @@ def plot_log(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         figure.savefig(temporary, format="png")
 
 
-class Halt:
-    "Within `with Halt() as halt`, Ctrl-C and SIGTERM only set `halt.asked`; a second one stops at once."
+class SignalGuard:
+    "Within `with SignalGuard() as guard`, Ctrl-C and SIGTERM only set `guard.requested`; a second one stops at once."
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self):
-        self.asked, self.before = False, {}
+        self.requested, self.before = False, {}
 
-    def __enter__(self) -> "Halt":
+    def __enter__(self) -> "SignalGuard":
         if threading.current_thread() is threading.main_thread():  # elsewhere signals cannot be caught
             self.before = {number: signal.signal(number, self.note) for number in self.SIGNALS}
         return self
 
     def note(self, number: int, frame: Any) -> None:
-        if self.asked:
+        if self.requested:
             raise KeyboardInterrupt
-        self.asked = True
+        self.requested = True
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def together(self, accelerator: Accelerator) -> bool:
+    def any_process(self, accelerator: Accelerator) -> bool:
         "Has any of the processes been asked to stop? All get the same answer, so that none waits for another."
         if accelerator.num_processes == 1:
-            return self.asked
-        flag = torch.tensor(float(self.asked), device=accelerator.device)
+            return self.requested
+        flag = torch.tensor(float(self.requested), device=accelerator.device)
         return bool(accelerator.reduce(flag, "sum") > 0)
 
 
@@ -181,7 +181,7 @@ class Meter:
         return scores
 
 
-def open_run(folder: str | Path, recipe: AnyRecipe, resume: bool) -> Path:
+def prepare_folder(folder: str | Path, recipe: AnyRecipe, resume: bool) -> Path:
     "The run's folder with its recipe in it; `LDMError` where it holds another run, or none that could go on."
     folder = Path(folder)
     path = folder / "recipe.json"
@@ -208,33 +208,33 @@ def open_run(folder: str | Path, recipe: AnyRecipe, resume: bool) -> Path:
     return folder
 
 
-def stages(recipe: AnyRecipe) -> list[Training]:
+def stage_trainings(recipe: AnyRecipe) -> list[Training]:
     "How each stage of a recipe is trained."
     parts = [getattr(recipe, name) for name in ("first_stage", "diffusion") if hasattr(recipe, name)]
     return [part.training for part in parts or [recipe]]
 
 
-def begin(
+def open_run(
     recipe: AnyRecipe,
     folder: str | Path,  # of the run; made if it is not there
     device: str = "auto",  # see `pick_device`
     precision: str | None = None,  # see `make_accelerator`
     resume: bool = False,  # go on with the run in `folder`
-    **options: Any,  # fields of `Run`: every, save_every, looks, compile, channels_last, say
+    **options: Any,  # fields of `Run`: every, save_every, looks, compile, channels_last, log_fn
 ) -> Run:
     "Open the folder of a run, or go on with it, on a device."
     accelerator = make_accelerator(device, precision)
-    for training in stages(recipe):
-        check_shares(training, accelerator.num_processes)
+    for training in stage_trainings(recipe):
+        check_batch_size(training, accelerator.num_processes)
     if accelerator.is_main_process:
-        open_run(folder, recipe, resume)
+        prepare_folder(folder, recipe, resume)
     accelerator.wait_for_everyone()
     notes = {"recipe": json.dumps(recipe_to_dict(recipe)), "python": platform.python_version()}
     notes |= {package: version(package) for package in ("ldm_edu", "torch", "accelerate")}
     return Run(Path(folder), accelerator, notes=notes, **options)
 
 
-def made(run: Run, training: Training, seconds: float, scores: Mapping[str, Any]) -> dict[str, Any]:
+def provenance(run: Run, training: Training, seconds: float, scores: Mapping[str, Any]) -> dict[str, Any]:
     "How a network was made, for its checkpoint's config."
     device = run.accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -21,35 +21,35 @@ from ldm_edu.first_stage.autoencoder import DiagonalGaussian, FirstStage, estima
 from ldm_edu.first_stage.quantization import AutoencoderVQ, codebook_usage
 from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.training.latents import cached_latents
-from ldm_edu.training.loop import ahead, draws, optimise, order, step_seed, to_device
+from ldm_edu.training.loop import prefetch, step_randomness, optimise, batch_indices, step_seed, to_device
 from ldm_edu.training.recipes import AutoencoderRecipe, Recipe, Training, recipe_to_dict
-from ldm_edu.training.run import Halt, Meter, Run, begin, made, plot_log, stages, writing
-from ldm_edu.training.state import State, checkpoint, load_state, make_state, save_state
+from ldm_edu.training.run import SignalGuard, Meter, Run, open_run, provenance, plot_log, stage_trainings, writing
+from ldm_edu.training.state import State, state_file, load_state, make_state, save_state
 from ldm_edu.training.tasks import DiffusionTask, FirstStageTask, perceptual_distance
 
-def report(run: Run, stage: str, state: State, training: Training, scores: Mapping[str, float]) -> None:
+def log_scores(run: Run, stage: str, state: State, training: Training, scores: Mapping[str, float]) -> None:
     "A line in the log, and one for people."
-    run.note(stage=stage, step=state.step, seconds=round(state.seconds, 1), **scores)
-    if run.say and run.accelerator.is_main_process:
+    run.log(stage=stage, step=state.step, seconds=round(state.seconds, 1), **scores)
+    if run.log_fn and run.accelerator.is_main_process:
         told = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
         left = state.seconds / state.step * (training.steps - state.step)
-        run.say(f"{stage} {state.step}/{training.steps}: {told}, {left / 60:.1f} min left")
+        run.log_fn(f"{stage} {state.step}/{training.steps}: {told}, {left / 60:.1f} min left")
 
 
-def of_all(run: Run, measured: Mapping[str, float]) -> dict[str, float]:
+def mean_over_processes(run: Run, measured: Mapping[str, float]) -> dict[str, float]:
     "What this process has measured, with the loss of whole batches: the mean over all processes."
     loss = torch.tensor(measured["loss"], dtype=run.accelerator.dtype, device=run.accelerator.device)
     return {**measured, "loss": run.accelerator.reduce(loss, "mean").item()}
 
 
 def measure(run: Run, state: State, validate: Callable[[nn.Module], dict[str, float]] | None) -> tuple[dict, bool]:
-    "The scores of the averaged weights, and whether their loss on unseen data was never so low (main process only)."
+    "The scores of the averaged weights, and whether their loss on held-out data was never so low (main process only)."
     if validate is None or not run.accelerator.is_main_process:
         return {}, False
     with torch.no_grad(), run.accelerator.autocast():
         scores = validate(state.ema.module)
-    improved = scores.get("unseen", math.inf) < state.best
-    state.best = min(state.best, scores.get("unseen", math.inf))
+    improved = scores.get("held_out", math.inf) < state.best
+    state.best = min(state.best, scores.get("held_out", math.inf))
     return scores, improved
 
 
@@ -59,18 +59,19 @@ def run_stage(
     task: nn.Module,  # forward(batch) -> (loss, terms)
     training: Training,
     batch_at: Callable[[int], Mapping[str, Any]],  # step -> batch
-    validate: Callable[[nn.Module], dict[str, float]] | None = None,  # scores of the averaged task; `unseen` is a loss
-    look: Callable[[nn.Module], Tensor] | None = None,  # a picture (3, h, w) of what the averaged task can do
+    validate: Callable[[nn.Module], dict[str, float]] | None = None,  # scores of the averaged task; `held_out` is a loss
+    sample: Callable[[nn.Module], Tensor] | None = None,  # an image (3, h, w) of what the averaged task can do
     seed: int = 0,  # of dropout inside the network
 ) -> tuple[nn.Module, float]:
     "Train a task, from its checkpoint in the run's folder if there is one: the averaged task, the seconds spent."
     state, wrapped, optimizer = make_state(run, task, training)
     load_state(run, stage, state)
-    run.forget(stage, state.step)
+    run.cut_log(stage, state.step)
     before, began, meter = state.seconds, time.monotonic(), Meter(training.batch_size)
     saved = asked = began
-    with Halt() as halt:
-        bar = progress(ahead(batch_at, state.step, training.steps), stage, training.steps - state.step)
+    sample_every = max(1, training.steps // 10) if run.sample_every is None else run.sample_every
+    with SignalGuard() as guard:
+        bar = progress(prefetch(batch_at, state.step, training.steps), stage, training.steps - state.step)
         for step, batch in bar:
             waited = time.monotonic() - asked
             torch.manual_seed(step_seed(seed, step, run.accelerator.process_index))
@@ -83,12 +84,12 @@ def run_stage(
                 bar.set_postfix_str(f"loss {loss:.4g}, {training.batch_size / (time.monotonic() - asked):.0f} images/s")
             improved = False
             if state.step % run.every == 0 or end:
-                measured = of_all(run, meter.read())
+                measured = mean_over_processes(run, meter.read())
                 scores, improved = measure(run, state, validate)
-                report(run, stage, state, training, measured | scores)
-            if look and run.looks and (state.step % max(1, training.steps // run.looks) == 0 or end):
-                show_progress(run, stage, state, look)
-            stop = halt.together(run.accelerator)
+                log_scores(run, stage, state, training, measured | scores)
+            if sample and sample_every and (state.step % sample_every == 0 or end):
+                save_samples(run, stage, state, sample)
+            stop = guard.any_process(run.accelerator)
             if improved or end or stop or time.monotonic() - saved > run.save_every:
                 save_state(run, stage, state, improved)
                 saved = time.monotonic()
@@ -98,28 +99,28 @@ def run_stage(
                 )
             asked = time.monotonic()
             meter.began += asked - pause
-    return finished(run, stage, state, training)
+    return kept_average(run, stage, state, training)
 
 
-def show_progress(run: Run, stage: str, state: State, look: Callable[[nn.Module], Tensor]) -> None:
-    "Samples of the averaged weights, and the losses so far, as pictures in the run's folder."
+def save_samples(run: Run, stage: str, state: State, sample: Callable[[nn.Module], Tensor]) -> None:
+    "Samples of the averaged weights, and the losses so far, as images in the run's folder."
     if not run.accelerator.is_main_process:
         return
     if run.accelerator.dtype == torch.float32:
         path = run.folder / "samples" / f"{stage}-{state.step:06d}.png"
         with torch.no_grad():
-            picture = look(state.ema.module).float().cpu()
+            image = sample(state.ema.module).float().cpu()
         with writing(path):
             path.parent.mkdir(exist_ok=True)
-            save(picture, path)
+            save(image, path)
     with writing(run.folder / "loss.png"):
-        plot_log(run.lines(), run.folder / "loss.png")
+        plot_log(run.read_log(), run.folder / "loss.png")
 
 
-def finished(run: Run, stage: str, state: State, training: Training) -> tuple[nn.Module, float]:
+def kept_average(run: Run, stage: str, state: State, training: Training) -> tuple[nn.Module, float]:
     "The averaged task that is kept, on all processes, and the seconds spent."
     run.accelerator.wait_for_everyone()
-    best = checkpoint(run, stage, best=True)
+    best = state_file(run, stage, best=True)
     if training.keep == "best" and best.exists():
         averaged = {k.removeprefix("ema."): v for k, v in load_tensors(best).items() if k.startswith("ema.")}
         state.ema.module.load_state_dict(averaged)
@@ -141,16 +142,16 @@ def check_fit(recipe: Recipe | AutoencoderRecipe, sample: Mapping[str, Any]) -> 
         task.conditioner.tokenizer.encode(sample["caption"])
 
 
-def count(training: Training, pictures: ImageCache) -> int:
-    "How many of the pictures a stage is trained on."
-    return len(pictures) if training.images is None else min(training.images, len(pictures))
+def num_train_images(training: Training, dataset: ImageCache) -> int:
+    "How many of the images a stage is trained on."
+    return len(dataset) if training.images is None else min(training.images, len(dataset))
 
 
 def train_first_stage(
     recipe: Recipe | AutoencoderRecipe,
     run: Run,
-    pictures: ImageCache,
-    unseen: ImageCache,
+    dataset: ImageCache,
+    held_out: ImageCache,
     weights_dir: str | Path | None = None,  # where the weights of LPIPS lie, if the recipe wants it
 ) -> tuple[FirstStage, dict[str, Any]]:
     "The first stage of a recipe, with its scale factor; and how it was made."
@@ -163,93 +164,93 @@ def train_first_stage(
     perceptual = perceptual_distance(what.perceptual, weights_dir)
     perceptual = perceptual and perceptual.to(accelerator.device, accelerator.dtype)
     task = FirstStageTask(what, perceptual, lambda gradient: accelerator.reduce(gradient, "mean"))
-    n, shape = count(what.training, pictures), (what.latent_channels, side, side)
-    held_out = range(min(64, len(unseen)))
+    n, shape = num_train_images(what.training, dataset), (what.latent_channels, side, side)
+    rows = range(min(64, len(held_out)))
 
     def batch(source: ImageCache, step: int, indices: Sequence[int]) -> dict[str, Any]:
         times = {"step": torch.full((len(indices),), step)}
-        return draws(recipe.seed, step, indices, shape) | times | {"image": source.images(indices)}
+        return step_randomness(recipe.seed, step, indices, shape) | times | {"image": source.images(indices)}
 
     def batch_at(step: int) -> dict[str, Any]:
-        return batch(pictures, step, run.mine(order(recipe.seed, step, what.training.batch_size, n)))
+        return batch(dataset, step, run.shard(batch_indices(recipe.seed, step, what.training.batch_size, n)))
 
     def validate(task: nn.Module) -> dict[str, float]:
-        seen = to_device(batch(unseen, 0, held_out), accelerator)
+        seen = to_device(batch(held_out, 0, rows), accelerator)
         back = task.model.reconstruct(seen["image"]).float().clamp(-1, 1)
-        scores = {"unseen": task(seen)[0].item(), "psnr": psnr(back, seen["image"].float()).mean().item()}
+        scores = {"held_out": task(seen)[0].item(), "psnr": psnr(back, seen["image"].float()).mean().item()}
         if isinstance(task.model, AutoencoderVQ):
-            usage = codebook_usage(task.model.quantize(task.model.encode(seen["image"])).indices, what.codes)
+            usage = codebook_usage(task.model.quantize(task.model.encode(seen["image"])).indices, what.num_codes)
             scores |= {"codes_used": usage.used, "perplexity": usage.perplexity}
         return scores
 
-    def look(task: nn.Module) -> Tensor:
-        x = unseen.images(held_out[:8]).to(accelerator.device)
+    def sample(task: nn.Module) -> Tensor:
+        x = held_out.images(rows[:8]).to(accelerator.device)
         return grid(torch.cat([x, task.model.reconstruct(x)]), columns=len(x))
 
-    some = pictures.images(range(min(512, n)))
+    some = dataset.images(range(min(512, n)))
     if what.regulariser == "vq" and what.from_data:
         with torch.no_grad():
-            task.model.quantize.start_from(task.model.encode(some))
-    task, seconds = run_stage(run, "first_stage", task, what.training, batch_at, validate, look, recipe.seed)
+            task.model.quantize.init_from_data(task.model.encode(some))
+    task, seconds = run_stage(run, "first_stage", task, what.training, batch_at, validate, sample, recipe.seed)
     if what.regulariser == "kl":
         torch.manual_seed(recipe.seed)  # the scale is estimated from draws
         task.model.scale_factor = estimate_scale(task.model, some.to(accelerator.device, accelerator.dtype))
-    return task.model, made(run, what.training, seconds, measure_once(run, task, validate))
+    return task.model, provenance(run, what.training, seconds, final_scores(run, task, validate))
 
 
-def measure_once(run: Run, task: nn.Module, validate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
+def final_scores(run: Run, task: nn.Module, validate: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
     "The scores of a finished task."
     with torch.no_grad(), run.accelerator.autocast():
         return validate(task)
 
 
 def train_diffusion(
-    recipe: Recipe, run: Run, first_stage: FirstStage, pictures: ImageCache, unseen: ImageCache
+    recipe: Recipe, run: Run, first_stage: FirstStage, dataset: ImageCache, held_out: ImageCache
 ) -> tuple[nn.Module, dict[str, Any]]:
     "UNet and conditioner of a recipe, on the latents of `first_stage`; and how they were made."
     seed, training, scale = recipe.seed + 1, recipe.diffusion.training, first_stage.scale_factor
     torch.manual_seed(seed)
-    task, n = DiffusionTask(recipe), count(training, pictures)
+    task, n = DiffusionTask(recipe), num_train_images(training, dataset)
     latents = {
         name: cached_latents(run.folder / "latents" / f"{name}.safetensors", first_stage, source, run.accelerator, k)
-        for name, source, k in (("train", pictures, n), ("unseen", unseen, None))
+        for name, source, k in (("train", dataset, n), ("held_out", held_out, None))
     }
-    captions = {"train": pictures.captions, "unseen": unseen.captions}
-    held_out = range(len(unseen))
+    captions = {"train": dataset.captions, "held_out": held_out.captions}
+    rows = range(len(held_out))
 
     def batch(name: str, step: int, indices: Sequence[int]) -> dict[str, Any]:
         mean, logvar = (part[list(indices)] for part in latents[name])
-        random = draws(seed, step, indices, mean.shape[1:], recipe.diffusion.T)
+        random = step_randomness(seed, step, indices, mean.shape[1:], recipe.diffusion.T)
         z = scale * DiagonalGaussian(mean, logvar).sample(random["latent_noise"])
-        return random | {"z": z} | said(captions[name], indices, random["phrase"])
+        return random | {"z": z} | pick_captions(captions[name], indices, random["phrase"])
 
     def batch_at(step: int) -> dict[str, Any]:
-        return batch("train", step, run.mine(order(seed, step, training.batch_size, n)))
+        return batch("train", step, run.shard(batch_indices(seed, step, training.batch_size, n)))
 
     def validate(task: nn.Module) -> dict[str, float]:
-        return {"unseen": task(to_device(batch("unseen", 0, held_out), run.accelerator))[0].item()}
+        return {"held_out": task(to_device(batch("held_out", 0, rows), run.accelerator))[0].item()}
 
-    def look(task: nn.Module) -> Tensor:
+    def sample(task: nn.Module) -> Tensor:
         model = LatentDiffusion(first_stage, task.unet, task.schedule, task.conditioner, recipe.size)
-        told = [texts[0] for texts in unseen.captions[:8]] if task.conditioner else None
+        told = [texts[0] for texts in held_out.captions[:8]] if task.conditioner else None
         return grid(model.sample(told, None if told else 8, steps=25), columns=4)
 
-    task, seconds = run_stage(run, "diffusion", task, training, batch_at, validate, look, seed)
-    return task, made(run, training, seconds, measure_once(run, task, validate))
+    task, seconds = run_stage(run, "diffusion", task, training, batch_at, validate, sample, seed)
+    return task, provenance(run, training, seconds, final_scores(run, task, validate))
 
 
-def said(
-    captions: Sequence[Sequence[str]] | None,  # of every picture
+def pick_captions(
+    captions: Sequence[Sequence[str]] | None,  # of every image
     indices: Sequence[int],
     phrase: Float[Tensor, "b"],  # uniform in [0, 1): which of them
 ) -> dict[str, list[str]]:
-    "One caption for each of the pictures; nothing where they have none."
+    "One caption for each of the images; nothing where they have none."
     if captions is None:
         return {}
     return {"caption": [captions[i][int(u * len(captions[i]))] for i, u in zip(indices, phrase.tolist())]}
 
 
-def stored(
+def cached_split(
     recipe: Recipe | AutoencoderRecipe,
     split: str,
     cache_dir: Path,
@@ -257,7 +258,7 @@ def stored(
     n: int | None,
     run: Run,
 ) -> ImageCache:
-    "The pictures of a split, from the cache; made there the first time, by one process."
+    "The images of a split, from the cache; made there the first time, by one process."
     phrasings = {"keys": ("image", "captions")} if recipe.dataset == "toy" else {}  # all five captions of a scene
     dataset = open_dataset(recipe.dataset, data_dir, split, recipe.size, **phrasings)
     n = len(dataset) if n is None else min(n, len(dataset))
@@ -266,42 +267,42 @@ def stored(
         return cached(dataset, cache_dir / f"{recipe.dataset}-{split}-{recipe.size}-{n}-{mark}", n)
 
 
-def contents(*caches: ImageCache) -> str:
-    "A checksum of what caches hold, pictures and texts, so that a run does not go on with others."
+def data_checksum(*caches: ImageCache) -> str:
+    "A checksum of what caches hold, images and texts, so that a run does not go on with others."
     sums = [load_json(cache.folder / ABOUT)["sums"] for cache in caches]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
 
 
-def prepare(
+def load_data(
     recipe: Recipe | AutoencoderRecipe,
     folder: str | Path,
     data_dir: str | Path | None,
     cache_dir: str | Path | None,
     **how: Any,
 ) -> tuple[Run, ImageCache, ImageCache]:
-    "Check that recipe and data fit, open the run, put the pictures into the cache: those of training, and unseen ones."
+    "Check that recipe and data fit, open the run, put the images into the cache: those of training, and held-out ones."
     check_fit(recipe, open_dataset(recipe.dataset, data_dir, "train", recipe.size)[0])
-    run = begin(recipe, folder, **how)
+    run = open_run(recipe, folder, **how)
     cache = Path(cache_dir) if cache_dir else run.folder / "cache"
-    wanted = [training.images for training in stages(recipe)]
-    pictures = stored(recipe, "train", cache, data_dir, None if None in wanted else max(wanted), run)
-    unseen = stored(recipe, "validation", cache, data_dir, 256, run)
-    run.notes = {**run.notes, "pictures": contents(pictures, unseen)}
-    return run, pictures, unseen
+    wanted = [training.images for training in stage_trainings(recipe)]
+    dataset = cached_split(recipe, "train", cache, data_dir, None if None in wanted else max(wanted), run)
+    held_out = cached_split(recipe, "validation", cache, data_dir, 256, run)
+    run.notes = {**run.notes, "images": data_checksum(dataset, held_out)}
+    return run, dataset, held_out
 
 
-def train(
+def train_latent_diffusion(
     recipe: Recipe,
     folder: str | Path,  # of the run; made if it is not there
     data_dir: str | Path | None = None,  # where the data set lies; toy scenes need none
-    cache_dir: str | Path | None = None,  # where pictures are kept; runs may share it. None: in the run's folder
+    cache_dir: str | Path | None = None,  # where images are kept; runs may share it. None: in the run's folder
     weights_dir: str | Path | None = None,  # where the weights of LPIPS lie, if the recipe wants it
-    **how: Any,  # device, precision, resume, every, …: see `begin`
+    **how: Any,  # device, precision, resume, every, …: see `open_run`
 ) -> LatentDiffusion:
     "Cook a recipe from beginning to end: both stages. The model is in `folder`/model, too."
-    run, pictures, unseen = prepare(recipe, folder, data_dir, cache_dir, **how)
-    first_stage, about_first = train_first_stage(recipe, run, pictures, unseen, weights_dir)
-    task, about_second = train_diffusion(recipe, run, first_stage, pictures, unseen)
+    run, dataset, held_out = load_data(recipe, folder, data_dir, cache_dir, **how)
+    first_stage, about_first = train_first_stage(recipe, run, dataset, held_out, weights_dir)
+    task, about_second = train_diffusion(recipe, run, first_stage, dataset, held_out)
     history = {"recipe": recipe_to_dict(recipe), "first_stage": about_first, "diffusion": about_second,
                "torch": torch.__version__}  # fmt: skip
     model = (
@@ -317,14 +318,14 @@ def train_autoencoder(
     recipe: AutoencoderRecipe,
     folder: str | Path,  # of the run; made if it is not there
     data_dir: str | Path | None = None,  # where the data set lies; toy scenes need none
-    cache_dir: str | Path | None = None,  # where pictures are kept; runs may share it. None: in the run's folder
+    cache_dir: str | Path | None = None,  # where images are kept; runs may share it. None: in the run's folder
     weights_dir: str | Path | None = None,  # where the weights of LPIPS lie, if the recipe wants it
-    **how: Any,  # device, precision, resume, every, …: see `begin`
+    **how: Any,  # device, precision, resume, every, …: see `open_run`
 ) -> FirstStage:
     "Train a first stage for itself. It is in `folder`/model, too."
-    run, pictures, unseen = prepare(recipe, folder, data_dir, cache_dir, **how)
-    first_stage, about = train_first_stage(recipe, run, pictures, unseen, weights_dir)
-    first_stage.made = {"recipe": recipe_to_dict(recipe), "torch": torch.__version__, **about}
+    run, dataset, held_out = load_data(recipe, folder, data_dir, cache_dir, **how)
+    first_stage, about = train_first_stage(recipe, run, dataset, held_out, weights_dir)
+    first_stage.provenance = {"recipe": recipe_to_dict(recipe), "torch": torch.__version__, **about}
     if run.accelerator.is_main_process:
         first_stage.eval().float().requires_grad_(True).save_pretrained(run.folder / "model")
     return first_stage

@@ -25,7 +25,7 @@ class State:
     scaler: Any = None  # a torch.amp.GradScaler, in fp16
     step: int = 0  # steps done
     seconds: float = 0.0  # on the clock, over all pieces of the run, with judging and saving
-    best: float = math.inf  # lowest loss on unseen data so far
+    best: float = math.inf  # lowest loss on held-out data so far
 
     def tensors(self) -> dict[str, Tensor]:
         "Everything a run needs to go on, as named tensors."
@@ -62,7 +62,7 @@ class State:
         self.step, self.seconds, self.best = int(tensors["step"]), float(tensors["seconds"]), float(tensors["best"])
 
 
-def checkpoint(run: Run, stage: str, best: bool = False) -> Path:
+def state_file(run: Run, stage: str, best: bool = False) -> Path:
     "Where the newest state of a stage is kept, or the best one."
     return run.folder / f"{stage}{'.best' if best else ''}.safetensors"
 
@@ -71,21 +71,21 @@ def save_state(run: Run, stage: str, state: State, best: bool = False) -> None:
     "Write the newest state; with `best`, as the best one too."
     if not run.accelerator.is_main_process:
         return
-    newest, notes = checkpoint(run, stage), {**run.notes, "stage": stage, "step": str(state.step)}
+    newest, notes = state_file(run, stage), {**run.notes, "stage": stage, "step": str(state.step)}
     if not best:
         save_tensors(state.tensors(), newest, notes=notes)
         return
-    save_tensors(state.tensors(), checkpoint(run, stage, best=True), notes=notes)
+    save_tensors(state.tensors(), state_file(run, stage, best=True), notes=notes)
     with writing(newest), atomic(newest) as temporary:
         try:
-            os.link(checkpoint(run, stage, best=True), temporary)
+            os.link(state_file(run, stage, best=True), temporary)
         except OSError:  # a file system without links
-            shutil.copyfile(checkpoint(run, stage, best=True), temporary)
+            shutil.copyfile(state_file(run, stage, best=True), temporary)
 
 
 def load_state(run: Run, stage: str, state: State) -> None:
     "Go on from the newest state of a stage, if there is one; `CheckpointError` says what to do where it is no good."
-    path, best = checkpoint(run, stage), checkpoint(run, stage, best=True)
+    path, best = state_file(run, stage), state_file(run, stage, best=True)
     anew = f"remove {path.name}: {stage} then begins again"
     if not path.exists():
         return
@@ -94,7 +94,7 @@ def load_state(run: Run, stage: str, state: State) -> None:
     except CheckpointError as error:
         spare = f"put {best.name} in its place, or " if best.exists() else ""
         raise CheckpointError(f"{error}. To go on, {spare}{anew}") from error
-    for name, what in (("recipe", "another recipe"), ("pictures", "other pictures")):
+    for name, what in (("recipe", "another recipe"), ("images", "other images")):
         if notes.get(name) != run.notes.get(name):
             raise CheckpointError(f"{path} was made with {what}: put those back, or {anew}")
     try:

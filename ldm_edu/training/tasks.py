@@ -28,7 +28,7 @@ def build_first_stage(recipe: FirstStageRecipe) -> FirstStage:
     }
     if recipe.regulariser == "kl":
         return AutoencoderKL(**shape)
-    return AutoencoderVQ(**shape, codes=recipe.codes, commitment=recipe.commitment, legacy=recipe.legacy)
+    return AutoencoderVQ(**shape, num_codes=recipe.num_codes, commitment=recipe.commitment, legacy=recipe.legacy)
 
 
 def perceptual_distance(
@@ -62,12 +62,12 @@ class FirstStageTask(nn.Module):
         if game is not None:
             self.adversary = Adversary(PatchDiscriminator(game.channels, game.layers, game.norm), game.weight)
 
-    def opponents(self) -> list[nn.Module]:
+    def clip_groups(self) -> list[nn.Module]:
         "Networks whose gradients are clipped apart."
         return [self.model] if self.adversary is None else [self.model, self.adversary]
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        "Encode, draw or quantise, decode, compare; the critic speaks from its first step on, and in training only."
+        "Encode, draw or quantise, decode, compare; the discriminator speaks from its first step on, and in training only."
         x = batch["image"]
         reconstruction, regulariser = self.model(x, batch["latent_noise"])
         plays = self.adversary is not None and torch.is_grad_enabled() and int(batch["step"][0]) >= self.start

@@ -55,7 +55,7 @@ class ToyCOCO(Drawn):
 
     def __init__(
         self,
-        split: str = "train",  # "train", "validation", "test", or "unseen": pairs of colour and shape not in train
+        split: str = "train",  # "train", "validation", "test", or "unseen_pairs": pairs of colour and shape not in train
         size: int = 64,  # pixels along each side
         length: int = 50_000,  # how many samples
         seed: int = 0,  # another seed, another data set
@@ -65,7 +65,7 @@ class ToyCOCO(Drawn):
 
     def _draw(self, index: int, n: int) -> tuple[Scene, list[str]]:
         rng = self.rng(index)
-        scene = draw_scene(rng, unseen=self.split == "unseen")
+        scene = draw_scene(rng, unseen=self.split == "unseen_pairs")
         return scene, captions(scene, rng, n)
 
     def describe(self, index: int) -> tuple[Scene, list[str]]:
@@ -85,7 +85,7 @@ class ToyCOCO(Drawn):
 
 
 class ToyCelebA(Drawn):
-    "Drawn faces, with attributes that are true of the picture."
+    "Drawn faces, with attributes that are true of the image."
 
     splits = ("train", "validation", "test")
     known_keys = ("image", "attributes", "segmentation")

@@ -103,7 +103,7 @@ def smoothstep(v: Field, low: float, high: float) -> Field:
 
 
 def rgb(r: float | int, g: float | int, b: float | int) -> Float[Tensor, "3 1 1"]:
-    "A colour, 0 to 1, that broadcasts over a picture."
+    "A colour, 0 to 1, that broadcasts over an image."
     return torch.tensor([r, g, b], dtype=torch.float32)[:, None, None]
 
 
@@ -118,7 +118,7 @@ def slopes(
 
 @dataclass
 class Light:
-    "The lights of b pictures."
+    "The lights of b images."
     sun: Float[Tensor, "b 3 1 1"]  # unit vectors towards the key light; z points at the eye
     key: Float[Tensor, "b 3 1 1"]  # its colour
     fill: Float[Tensor, "b 3 1 1"]  # what comes from everywhere
@@ -169,7 +169,7 @@ def pixel_sine(
 
 
 def turn_egg(
-    x: Field,  # in the picture of the head
+    x: Field,  # in the image of the head
     y: Field,
     turn: Number,  # how far the middle moves to the right
     nod: Number,  # and upwards
@@ -308,7 +308,7 @@ class Face:
 
     @property
     def attributes(self) -> tuple[bool, ...]:
-        "What is true of the picture: one for each of FACE_ATTRIBUTES."
+        "What is true of the image: one for each of FACE_ATTRIBUTES."
         bare, hair = self.hat == "none", self.hair if self.hair_shown else "hidden"
         return (
             bare and self.style == "bald", self.fringe_shown, hair == "black", hair == "blond", hair == "brown",
@@ -351,7 +351,7 @@ FACE_SEGMENTS = (
 
 @dataclass
 class Drawing:
-    "b pictures in the making."
+    "b images in the making."
     faces: list[Face]
     traits: SimpleNamespace  # as `pack_faces` gives them
     light: Light
@@ -378,7 +378,7 @@ class Drawing:
             self.segment = torch.where(d < 0, FACE_SEGMENTS.index(segment), self.segment)
 
     def lit(self, colour: Field, height: Field, gloss: float = 0.0) -> Field:
-        "A colour on a relief, in the light of the picture."
+        "A colour on a relief, in the light of the image."
         return shade(colour, height, self.pixel, self.light, gloss)
 
     def flag(self, keep: Callable[[Face], bool]) -> Float[Tensor, "b 1 1 1"]:
@@ -386,20 +386,20 @@ class Drawing:
         return torch.tensor([float(keep(face)) for face in self.faces])[:, None, None, None]
 
     def take(self, index: list[int]) -> "Drawing":
-        "Some of the pictures, as a drawing of their own."
+        "Some of the images, as a drawing of their own."
         some = [SimpleNamespace(**{k: v[index] for k, v in vars(o).items()}) for o in (self.traits, self.light)]
         frames = [(x[index], y[index]) for x, y in (self.body, self.head, self.face)]
         rest = self.pixel[index], self.colour[index], self.segment[index]
         return Drawing([self.faces[i] for i in index], some[0], Light(**vars(some[1])), *frames, *rest)
 
     def only(self, keep: Callable[[Face], bool], brush: Callable[["Drawing"], None]) -> None:
-        "Let `brush` draw on the pictures whose face is so."
+        "Let `brush` draw on the images whose face is so."
         if index := [i for i, face in enumerate(self.faces) if keep(face)]:
             brush(part := self.take(index))
             self.colour[index], self.segment[index] = part.colour, part.segment
 
 
-SCALE = 0.65  # half the height of a head, where the picture reaches from -1 to 1
+SCALE = 0.65  # half the height of a head, where the image reaches from -1 to 1
 
 
 def blank(
@@ -870,9 +870,9 @@ def _in_chunks(faces: Sequence[Face], size: int, chunk: int) -> Iterator[tuple[s
 def render_faces(
     faces: Sequence[Face],
     size: int = 64,  # pixels along each side
-    chunk: int = 16,  # faces drawn at once: changes the speed, not the picture
+    chunk: int = 16,  # faces drawn at once: changes the speed, not the image
 ) -> Float[Tensor, "b 3 size size"]:
-    "Pictures of faces, in [-1, 1]."
+    "Images of faces, in [-1, 1]."
     images = torch.empty(len(faces), 3, size, size)
     for places, drawing in _in_chunks(faces, size, chunk):
         images[places] = drawing.colour.clamp(0, 1) * 2 - 1

@@ -313,9 +313,9 @@ def render(
     scenes: Sequence[Scene],
     size: int = 64,  # pixels along each side
     oversample: int = 2,  # rays along each side of a pixel
-    chunk: int = 4,  # scenes traced at once: changes the speed, not the picture
+    chunk: int = 4,  # scenes traced at once: changes the speed, not the image
 ) -> Float[Tensor, "b 3 size size"]:
-    "Pictures of scenes, in [-1, 1]; every pixel is the mean of oversample^2 rays."
+    "Images of scenes, in [-1, 1]; every pixel is the mean of oversample^2 rays."
     rays, fine = camera_rays(size * oversample), size * oversample
     parts = [trace(packed, rays)["colour"] for packed in _packs(scenes, chunk)]
     image = torch.cat(parts).mT.reshape(len(scenes), 3, fine, fine)
@@ -347,7 +347,7 @@ def place(
 
 # %% ../../../nbs/workshop/scenes.ipynb #0fb86ebb
 UNSEEN = (("purple", "cube"), ("cyan", "sphere"), ("yellow", "cylinder"))  # pairs that never occur in train
-SPLITS = ("train", "validation", "test", "unseen")
+SPLITS = ("train", "validation", "test", "unseen_pairs")
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
 
@@ -380,7 +380,7 @@ SEGMENTS = ("floor", *SHAPES)  # what a segmentation's numbers mean
 def project(
     points: Float[Tensor, "*p 3"],  # in the world, in front of the camera
 ) -> Float[Tensor, "*p 3"]:
-    "Where points are seen: fractions of the picture's side to the right and down, and the depth in world units."
+    "Where points are seen: fractions of the image's side to the right and down, and the depth in world units."
     frame, eye = torch.stack(camera_frame()).to(points), torch.tensor(EYE).to(points)
     depth, right, up = ((points - eye) @ frame.mT).unbind(-1)
     side = 2 * tan(FIELD / 2) * depth  # of the part of the world that is seen at this depth
@@ -390,7 +390,7 @@ def project(
 def mask_boxes(
     masks: Bool[Tensor, "k h w"],
 ) -> Float[Tensor, "k 4"]:
-    "Left, top, right and bottom of the pixels in every mask, as fractions of the picture's sides; zeros where none is."
+    "Left, top, right and bottom of the pixels in every mask, as fractions of the image's sides; zeros where none is."
     edges = []
     for there in (masks.any(1), masks.any(2)):  # columns (k, w), rows (k, h)
         n, there = there.shape[1], there.int()  # argmax finds the first of several ones
