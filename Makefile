@@ -3,8 +3,9 @@
 
 VENV := .venv
 BIN  := $(VENV)/bin
-# Notebooks and test files that run side by side.
+# Notebooks and test files that run side by side, and more words for pytest.
 JOBS ?= 2
+PYTEST_ARGS ?=
 
 
 # The first Python that is new enough; another one: make demo PYTHON=/path/to/python3
@@ -22,7 +23,7 @@ PAGES := $(sort $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'n
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-real lab notebooks export clean
+.PHONY: help demo test test-real lint lab notebooks export clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,7 +32,7 @@ demo: $(VENV)/.base  ## sample the shipped model, train a small one for a minute
 	$(BIN)/ldm-edu demo
 
 test: $(VENV)/.dev  ## run all notebooks under profile ci on toy data, and tests/
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 test-real: $(VENV)/.dev  ## run all notebooks on the real CelebA and COCO subsets in LDM_EDU_DATA_DIR
 	@test -d "$(REAL_DATA)" || { echo "make test-real: no folder with real data. Set LDM_EDU_DATA_DIR to one" \
@@ -39,6 +40,12 @@ test-real: $(VENV)/.dev  ## run all notebooks on the real CelebA and COCO subset
 	set -e; data=$$(cd "$(REAL_DATA)" && pwd); for dataset in celeba coco; do \
 		LDM_EDU_DATASET=$$dataset LDM_EDU_DATA_DIR="$$data" \
 			$(BIN)/python -m pytest nbs -n $(JOBS) --dist loadfile --no-compare; done
+
+lint: $(VENV)/.dev  ## check format, lint, types and spelling, and change nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/basedpyright --pythonpath $(BIN)/python
+	$(BIN)/codespell
 
 lab: $(VENV)/.course  ## open JupyterLab on the course
 	$(BIN)/jupyter lab nbs
@@ -49,7 +56,8 @@ notebooks: $(VENV)/.dev  ## run all notebooks in place under profile laptop, the
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 
-export: $(VENV)/.dev  ## write ldm_edu/*.py from the notebooks, and clean the notebooks
+export: $(VENV)/.dev  ## format everything, clean the notebooks, write the modules that they export
+	$(BIN)/ruff format
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 

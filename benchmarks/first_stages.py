@@ -3,8 +3,8 @@
     python benchmarks/first_stages.py --data-dir DATA --weights-dir WEIGHTS --steps 1200
 
 DATA holds CelebA (or any subset of its files) in a folder celeba/, WEIGHTS the backbones of LPIPS. Trained are pixels
-and AlexNet's LPIPS; judged are images that no stage has seen, by PSNR, SSIM and VGG's LPIPS, a network that none was
-trained with. Writes ldm_edu/results/first_stages.md. A run that was cut off goes on where it stopped.
+and AlexNet's LPIPS. Scored are images that no stage was trained on, by PSNR, SSIM and VGG's LPIPS, a network that no
+stage was trained with. Writes ldm_edu/results/first_stages.md. A run that was cut off goes on where it stopped.
 """
 
 import argparse
@@ -27,7 +27,7 @@ CHANNELS = {2: 2, 4: 3, 8: 4, 16: 8}  # f: latent channels, as in table 8
 
 
 def recipe(f: int, regulariser: str, steps: int) -> AutoencoderRecipe:
-    """What is trained: everything but f, c and the regulariser is the same."""
+    """The recipe of one row: everything but f, c and the regulariser is the same."""
     return AutoencoderRecipe(
         name=f"{regulariser}-f{f}",
         about="a row of results/first_stages.md",
@@ -50,33 +50,33 @@ def table(
     faces: int,  # that were trained on
 ) -> str:
     """Markdown, a line for each first stage."""
-    scores, made = next(iter(rows.values()))
+    scores, provenance = next(iter(rows.values()))
     lines = [
         "# First stages on faces, 64²",
         "",
         f"`python benchmarks/first_stages.py --data-dir DATA --weights-dir WEIGHTS --steps {training.steps}`, "
-        f"{made['device']}, {made['precision']}, torch {torch.__version__}.",
+        f"{provenance['device']}, {provenance['precision']}, torch {torch.__version__}.",
         "",
         f"Each stage is trained on {faces:,} faces of CelebA for {training.steps:,} steps of {training.batch_size}, "
-        "with L1, 5 × the squared error and AlexNet's LPIPS (weight 1), without a discriminator; the regulariser is KL with "
-        f"weight 1e-6, or a codebook of 1,024 entries. All is measured on {scores.images} other faces; ± is the "
+        "with L1, 5 × the squared error and AlexNet's LPIPS (weight 1), without a discriminator; the regulariser is KL "
+        f"with weight 1e-6, or a codebook of 1,024 entries. All is measured on {scores.images} other faces; ± is the "
         "standard error of a mean over them. No row was trained twice: what another seed would change is not in it.",
         "",
         "| f | regulariser | latent | numbers | PSNR in dB | SSIM | LPIPS (VGG) | entries used | seconds |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for (f, kind), (scores, made) in rows.items():
+    for (f, kind), (scores, provenance) in rows.items():
         c, side = CHANNELS[f], 64 // f
         used = f"{scores.usage.used} of {scores.usage.num_codes}" if scores.usage else "–"
         lines.append(
             f"| {f} | {kind.upper()} | {side}×{side}×{c} | {c * side * side:,} | {scores.psnr} | {scores.ssim} |"
-            f" {scores.distance} | {used} | {made['seconds']} |"
+            f" {scores.distance} | {used} | {provenance['seconds']} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
-    """Train what is not there yet, judge all, write the table."""
+    """Train what is not there yet, score all, write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, required=True, help="holds celeba/")
     parser.add_argument("--weights-dir", type=Path, required=True, help="holds the backbones of LPIPS")
@@ -86,23 +86,23 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="the table")
     args = parser.parse_args()
 
-    seen, unseen = (open_dataset("celeba", args.data_dir, split, 64) for split in ("train", "test"))
-    pictures = collate([unseen[i] for i in range(min(args.pictures, len(unseen)))])["image"]
-    lpips, rows = LPIPS("vgg", args.weights_dir), {}
+    known, held_out = (open_dataset("celeba", args.data_dir, split, 64) for split in ("train", "test"))
+    images = collate([held_out[i] for i in range(min(args.images, len(held_out)))])["image"]
+    lpips = LPIPS("vgg", args.weights_dir)
+    rows = {}
     for f in LEVELS:
         for kind in ("kl", "vq"):
             folder, began = args.runs / f"{kind}-f{f}", time.monotonic()
             if not (folder / "model" / "config.json").exists():
                 resume = (folder / "recipe.json").exists()
-                train_autoencoder(
-                    recipe(f, kind, args.steps), folder, args.data_dir, args.runs / "cache", args.weights_dir,
-                    resume=resume, log_fn=print, every=250, sample_every=0,
-                )  # fmt: skip
+                places = folder, args.data_dir, args.runs / "cache", args.weights_dir
+                how = {"resume": resume, "log_fn": print, "every": 250, "sample_every": 0}
+                train_autoencoder(recipe(f, kind, args.steps), *places, **how)
             first_stage = load_first_stage(folder / "model")
-            rows[f, kind] = score_first_stage(first_stage, pictures, lpips), first_stage.provenance
+            rows[f, kind] = score_first_stage(first_stage, images, lpips), first_stage.provenance
             print(f"{kind} f = {f}: {rows[f, kind][0]} ({time.monotonic() - began:.0f} s)", flush=True)
     training = recipe(2, "kl", args.steps).first_stage.training
-    args.out.write_text(table(rows, training, len(seen)), encoding="utf-8")
+    args.out.write_text(table(rows, training, len(known)), encoding="utf-8")
 
 
 if __name__ == "__main__":

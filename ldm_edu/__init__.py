@@ -2,47 +2,58 @@
 
 __version__ = "0.1.0"
 
-from ldm_edu.first_stage.adversarial import Adversary, PatchDiscriminator
-from ldm_edu.first_stage.autoencoder import AutoencoderKL, DiagonalGaussian, FirstStage, estimate_scale
-from ldm_edu.conditioning.condition import Condition
-from ldm_edu.conditioning.text import TextConditioner
-from ldm_edu.data.cache import cached
-from ldm_edu.data.celeba import CelebA
-from ldm_edu.data.coco import COCO
-from ldm_edu.data.folders import ImageFolder
-from ldm_edu.data.registry import open_dataset
-from ldm_edu.data.toy.datasets import ToyCOCO, ToyCelebA
-from ldm_edu.diffusion.mixture import GaussianMixture
-from ldm_edu.diffusion.schedule import NoiseSchedule, diffusion_loss
-from ldm_edu.conditioning.guidance import Guidance, drop
-from ldm_edu.evaluation.judge import SceneReader, prompt_accuracy
-from ldm_edu.latent_diffusion import LatentDiffusion
-from ldm_edu.first_stage.losses import FirstStageLoss
-from ldm_edu.evaluation.features import ToyFeatures
-from ldm_edu.evaluation.metrics import LPIPS, psnr, ssim
-from ldm_edu.first_stage.published import load_published, save_diffusers
-from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage, VectorQuantizer, load_first_stage
-from ldm_edu.training.dispatch import train
-from ldm_edu.training.recipes import RECIPES, Recipe, find_recipe
-from ldm_edu.diffusion.sampling import SeededNoise, Step, ddim, ddpm
-from ldm_edu.basics import pick_device
-from ldm_edu.errors import CheckpointError, LDMError
+from ldm_edu.errors import CheckpointError, DataError, DownloadError, LDMError
+from ldm_edu.basics import pick_device, set_seed
 from ldm_edu.settings import load_settings
-from ldm_edu.first_stage.tiling import decode_tiled, encode_tiled
-from ldm_edu.training.stages import train_autoencoder
-from ldm_edu.denoiser.unet import UNet
+from ldm_edu.data import COCO, CelebA, ImageFolder, ToyCOCO, ToyCelebA, cached, collate, open_dataset
+from ldm_edu.first_stage import (
+    Adversary,
+    AutoencoderKL,
+    AutoencoderVQ,
+    DiagonalGaussian,
+    FirstStage,
+    FirstStageLoss,
+    IdentityFirstStage,
+    PatchDiscriminator,
+    VectorQuantizer,
+    decode_tiled,
+    encode_tiled,
+    estimate_scale,
+    load_first_stage,
+    load_published,
+    save_diffusers,
+)
+from ldm_edu.diffusion import (
+    SAMPLERS,
+    GaussianMixture,
+    NoiseSchedule,
+    SeededNoise,
+    Step,
+    ddim,
+    ddpm,
+    diffusion_loss,
+    last,
+)
+from ldm_edu.denoiser import UNet
+from ldm_edu.conditioning import Condition, Guidance, TextConditioner, TextTransformer, WordTokenizer, drop
+from ldm_edu.latent_diffusion import LatentDiffusion
+from ldm_edu.evaluation import LPIPS, SceneReader, ToyFeatures, prompt_accuracy, psnr, score_first_stage, ssim
+from ldm_edu.training import RECIPES, Recipe, find_recipe, train, train_autoencoder
 
 __all__ = [
     "COCO",
     "LPIPS",
     "RECIPES",
+    "SAMPLERS",
     "Adversary",
     "AutoencoderKL",
     "AutoencoderVQ",
     "CelebA",
     "CheckpointError",
     "Condition",
+    "DataError",
     "DiagonalGaussian",
+    "DownloadError",
     "FirstStage",
     "FirstStageLoss",
     "GaussianMixture",
@@ -58,12 +69,15 @@ __all__ = [
     "SeededNoise",
     "Step",
     "TextConditioner",
+    "TextTransformer",
     "ToyCOCO",
     "ToyCelebA",
     "ToyFeatures",
     "UNet",
     "VectorQuantizer",
+    "WordTokenizer",
     "cached",
+    "collate",
     "ddim",
     "ddpm",
     "decode_tiled",
@@ -72,6 +86,7 @@ __all__ = [
     "encode_tiled",
     "estimate_scale",
     "find_recipe",
+    "last",
     "load_first_stage",
     "load_published",
     "load_settings",
@@ -80,6 +95,8 @@ __all__ = [
     "prompt_accuracy",
     "psnr",
     "save_diffusers",
+    "score_first_stage",
+    "set_seed",
     "ssim",
     "train",
     "train_autoencoder",

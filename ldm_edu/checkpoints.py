@@ -1,25 +1,51 @@
-"""Files that are written whole or not at all, and modules that are saved to a folder and made again from it."""
+"""Files that are written whole or not at all, and modules that are saved to a folder and built again from it."""
+
+# A checkpoint is a folder with config.json (the arguments of the constructor) and model.safetensors (the weights).
+# Neither file is a pickle, so opening a checkpoint runs no code of its author.
 
 import inspect
 import json
 import os
 import re
 import textwrap
-import torch
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from huggingface_hub import PyTorchModelHubMixin
 from importlib.resources import files
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, TypeVar
+
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from typing import Any, ClassVar
+
 from ldm_edu.errors import CheckpointError
+
+__all__ = [
+    "Part",
+    "atomic",
+    "checkpoint_path",
+    "load_json",
+    "load_notes",
+    "load_tensors",
+    "save_json",
+    "save_tensors",
+]
+
+M = TypeVar("M", bound=nn.Module)  # the class whose module is loaded
+
+
+# --- Files ---
+
 
 @contextmanager
 def atomic(path: str | Path) -> Iterator[Path]:
-    "A temporary path beside `path`; it takes `path`'s place only if the block ends without an error."
+    """A temporary path beside `path`; it replaces `path` only if the block ends without an error.
+
+    A reader of `path` therefore finds the old file or the new one, never a part of it, even if the machine stops in the
+    middle of writing: renaming a file is one single step of the operating system.
+    """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -31,18 +57,42 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+# Temporary names of `atomic`, of the kinds of file that a run writes, and those that safetensors gives its own.
+_TEMPORARY = re.compile(r"\..+\.(safetensors|jsonl|json|png)\.\d+|\.tmp\w{6}")
+
+
+def leftovers(folder: str | Path) -> list[Path]:
+    "Temporary files that a process left under `folder`, because it was killed while it wrote."
+    return [path for path in Path(folder).rglob(".*") if path.is_file() and _TEMPORARY.fullmatch(path.name)]
+
+
 def _brief(error: Exception) -> str:
-    "The gist of an error in one line."
+    "The message of an error in one line of at most 300 characters."
     return textwrap.shorten(str(error), 300)
+
+
+@contextmanager
+def _reading(path: str | Path) -> Iterator[None]:
+    "Raise CheckpointError, with the file's name, where a safetensors file cannot be read."
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({_brief(error)}): copy it again") from error
 
 
 def save_tensors(
     tensors: Mapping[str, Tensor],
     path: str | Path,
-    half: bool = False,  # floats as float16
+    half: bool = False,  # save floating-point tensors as float16
     notes: Mapping[str, str] | None = None,  # texts for the file's header
 ) -> None:
-    "Write named tensors to a safetensors file, whole or not at all; CheckpointError where that fails (a full disk)."
+    """Write named tensors to a safetensors file, whole or not at all.
+
+    With `half` the relative error of a number is at most 2⁻¹¹, and a finite number beyond float16's 65504 raises
+    CheckpointError. So does a file that cannot be written, for instance because the disk is full.
+    """
     kept = {}
     for name, tensor in tensors.items():
         dtype = torch.float16 if half and tensor.is_floating_point() else tensor.dtype
@@ -57,28 +107,19 @@ def save_tensors(
 
 
 def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    "The named tensors of a safetensors file, on the CPU; CheckpointError where it is missing, cut off or another kind."
-    try:
+    "The named tensors of a safetensors file, on the CPU; CheckpointError where it is missing, truncated or another kind."
+    with _reading(path):
         return load_file(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({_brief(error)}): copy it again") from error
 
 
 def load_notes(path: str | Path) -> dict[str, str]:
     "The texts in a safetensors file's header, without reading its tensors; CheckpointError as for `load_tensors`."
-    try:
-        with safe_open(path, "pt") as file:
-            return file.metadata() or {}
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({_brief(error)}): copy it again") from error
+    with _reading(path), safe_open(path, "pt") as file:
+        return file.metadata() or {}
 
 
 def save_json(values: Mapping[str, Any], path: str | Path) -> None:
-    "Write a dict as readable JSON, whole or not at all."
+    "Write a dict as indented JSON, whole or not at all; CheckpointError names an entry that JSON cannot hold."
     for name, value in values.items():
         try:
             json.dumps(value)
@@ -89,7 +130,7 @@ def save_json(values: Mapping[str, Any], path: str | Path) -> None:
 
 
 def load_json(path: str | Path) -> dict[str, Any]:
-    "The dict in a JSON file; CheckpointError where it is missing or something else."
+    "The dict in a JSON file; CheckpointError where the file is missing or holds something else."
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as error:
@@ -101,11 +142,13 @@ def load_json(path: str | Path) -> dict[str, Any]:
     return values
 
 
+# --- Where a checkpoint is found ---
+
 PRETRAINED = Path(str(files("ldm_edu"))) / "pretrained"  # the checkpoints that come with the package
 
 
 def checkpoint_path(name: str | Path) -> Path:
-    "The folder `name`, or the shipped checkpoint of that name; CheckpointError lists what is shipped."
+    "The folder `name`, else the shipped checkpoint of that name; CheckpointError lists the shipped ones."
     for folder in (Path(name).expanduser(), PRETRAINED / name):
         if str(name) and folder.is_dir():
             return folder
@@ -135,31 +178,34 @@ def _find(name: str | Path, part: str | None) -> Path:
     return folder / part if part else folder
 
 
-def _tuples(value: Any) -> Any:
-    "`value` with every list in it made a tuple."
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
+# --- A module from its two files ---
 
 _OLD_NAMES = {"made": "provenance", "codes": "num_codes"}  # arguments as version 0.1.0 wrote them into config.json
 
 
+def _tuples(value: Any) -> Any:
+    "`value` with every list in it, at any depth, as a tuple: JSON has lists only."
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def _arguments(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    "`config` as arguments of `cls`, with tuples where `cls` does not ask for a list."
+    "`config` as arguments of `cls`: old names replaced, and tuples where the annotation does not ask for a list."
     wanted = inspect.signature(cls.__init__).parameters
-    config = {_OLD_NAMES.get(name, name) if name not in wanted else name: value for name, value in config.items()}
+    config = {name if name in wanted else _OLD_NAMES.get(name, name): value for name, value in config.items()}
     if unknown := [name for name in config if name not in wanted]:
         raise CheckpointError(f"{cls.__name__} has no argument {', '.join(unknown)}")
     lists = {name for name in config if "list" in str(wanted[name].annotation).lower()}
     return {name: value if name in lists else _tuples(value) for name, value in config.items()}
 
 
-def _load(cls: type, config: Path, weights: Path) -> nn.Module:
-    "The module of class `cls` that two files describe."
-    arguments, tensors = load_json(config), load_tensors(weights)
+def _load(cls: type[M], config: Path, weights: Path) -> M:
+    "The module of class `cls` that two files describe; building it leaves the global random stream where it was."
+    arguments = load_json(config)
+    tensors = load_tensors(weights)
     try:
         with torch.random.fork_rng(devices=[]):
             model = cls(**_arguments(cls, arguments))
-    except Exception as error:  # whatever a foreign config makes the constructor do
+    except Exception as error:  # a foreign config may make the constructor raise anything
         raise CheckpointError(f"{config} describes no {cls.__name__}: {_brief(error)}") from error
     try:
         model.load_state_dict(tensors)
@@ -168,33 +214,42 @@ def _load(cls: type, config: Path, weights: Path) -> nn.Module:
     return model
 
 
-class Part(PyTorchModelHubMixin, library_name="ldm_edu"):
-    "Mixin for an nn.Module that is saved to a folder and made again from it: `class UNet(Part, nn.Module)`."
+class Part(nn.Module):
+    """Base class of a module that is saved to a folder and built again from it: `class UNet(Part)`.
 
-    follow: ClassVar[tuple[str, ...]] = ()  # arguments that may change later: see the attributes so named
+    The method names are those of `transformers` and `diffusers`: `save_pretrained`, `from_pretrained`, `push_to_hub`.
+    The arguments of the constructor are recorded when an object is made. Each must be something that JSON can hold.
+    JSON has no tuples: what comes back as a list becomes a tuple, unless the argument is annotated as a list.
+    Some arguments are known only after training, such as the scale factor of a first stage. `follow` names these; each
+    needs an attribute of the same name, whose present value is saved.
+    """
+
+    follow: ClassVar[tuple[str, ...]] = ()  # arguments whose present value, an attribute of that name, is saved
+    _made_with: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any):
-        "Note the arguments, all of them (the library would put a default in place of what is no JSON)."
-        part = super().__new__(cls, *args, **kwargs)
+        "Record the arguments of the constructor, the defaults among them."
+        part = super().__new__(cls)
         call = inspect.signature(cls.__init__).bind_partial(part, *args, **kwargs)
         call.apply_defaults()
-        part._hub_mixin_config = dict(list(call.arguments.items())[1:])  # without self
+        part._made_with = dict(list(call.arguments.items())[1:])  # without self
         return part
 
     @property
     def config(self) -> dict[str, Any]:
-        "The arguments that make a module like this one; those in `follow` as they are now."
-        return self._hub_mixin_config | {name: getattr(self, name) for name in self.follow}
+        "The arguments that make a module like this one; those in `follow` with their present value."
+        return self._made_with | {name: getattr(self, name) for name in self.follow}
 
     def save_pretrained(
         self,
-        folder: str | Path,  # made where it does not exist
-        half: bool = False,  # weights as float16
-        *,
-        config: Any = None,  # `push_to_hub` passes these two, which we do not need
-        model_card_kwargs: dict | None = None,
+        folder: str | Path,  # created where it does not exist
+        half: bool = False,  # save the weights as float16
     ) -> None:
-        "Write config.json and model.safetensors: both whole, or an error and the old ones."
+        """Write config.json and model.safetensors: both whole, or neither.
+
+        Raises CheckpointError, and leaves the old files as they were, where an argument cannot be written as JSON, a
+        weight does not fit float16, or the disk is full.
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(folder / "config.json") as temporary:
@@ -203,10 +258,34 @@ class Part(PyTorchModelHubMixin, library_name="ldm_edu"):
 
     @classmethod
     def from_pretrained(
-        cls,
+        cls: type[M],
         name: str | Path,  # a folder, a shipped checkpoint, or "user/model" on the Hugging Face hub
         part: str | None = None,  # subfolder, such as "first_stage", "unet", "conditioner"
-    ):
-        "The module saved under `name`, on the CPU in eval mode; CheckpointError names the file that does not fit."
+    ) -> M:
+        """The module saved under `name`, on the CPU and in eval mode.
+
+        Loading is strict: CheckpointError names the file where an argument is unknown, a weight is missing, superfluous
+        or of another shape, or a file is not whole.
+        """
         folder = _find(name, part)
         return _load(cls, folder / "config.json", folder / "model.safetensors").eval()
+
+    def push_to_hub(
+        self,
+        repo_id: str,  # "user/model"; the repository is created where it does not exist
+        *,
+        commit_message: str = "Push model using huggingface_hub.",
+        private: bool | None = None,  # of a new repository; None: as the account has it
+        token: str | None = None,  # None: the one that `hf auth login` has stored
+        branch: str | None = None,  # None: main
+        **upload: Any,  # further arguments of `HfApi.upload_folder`, such as create_pr=True
+    ) -> str:  # address of the commit
+        "Upload config.json and model.safetensors to the Hugging Face hub."
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            how = {"commit_message": commit_message, "revision": branch} | upload
+            return api.upload_folder(repo_id=repo_id, repo_type="model", folder_path=folder, **how)

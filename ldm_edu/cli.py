@@ -1,4 +1,4 @@
-"""`ldm-edu`: the demo, recipes, training and sampling without a notebook."""
+"""`ldm-edu`: demonstration, recipes, training, sampling, evaluation and downloads without a notebook."""
 
 import shlex
 import subprocess
@@ -6,15 +6,19 @@ import sys
 import tempfile
 import textwrap
 import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
 import torch
 import typer
 from jaxtyping import Float
-from pathlib import Path
 from torch import Tensor
-from typing import Annotated
+from typer.core import TyperGroup
+
 from ldm_edu.basics import pick_device
 from ldm_edu.checkpoints import load_json, save_json
-from ldm_edu.data.download import TERMS, accept, accepted, download_celeba, download_coco, home
+from ldm_edu.data.download import TERMS, accept_terms, dataset_folder, download_celeba, download_coco, terms_accepted
 from ldm_edu.data.registry import open_dataset
 from ldm_edu.display import grid, save, to_pil
 from ldm_edu.errors import LDMError
@@ -29,13 +33,13 @@ from ldm_edu.settings import load_settings
 from ldm_edu.training.dispatch import train as train_recipe
 from ldm_edu.training.recipes import RECIPES, Recipe, find_recipe
 
-"""`ldm-edu`: the demo, recipes, training and sampling without a notebook"""
+__all__ = ["app"]
 
 
-class Commands(typer.core.TyperGroup):
-    "The commands; an error meant for people is printed as one line, with exit status 1."
+class _Commands(TyperGroup):
+    "The commands; an LDMError is printed as one line, with exit status 1, instead of a traceback."
 
-    def invoke(self, ctx):
+    def invoke(self, ctx: Any) -> None:
         try:
             super().invoke(ctx)
         except LDMError as error:
@@ -43,36 +47,38 @@ class Commands(typer.core.TyperGroup):
             raise typer.Exit(1) from error
 
 
-app = typer.Typer(
-    cls=Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False,
-)  # fmt: skip
+app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
 
 
 @app.callback()
 def about() -> None:
-    "Latent diffusion, rebuilt from the paper up: draw, train, learn."
+    "Latent diffusion, rebuilt from the paper up: sample, train, evaluate, learn."
 
 
-Device = Annotated[str | None, typer.Option(help="auto, cuda, mps or cpu; default: settings.ini")]
-Out = Annotated[Path, typer.Option(help="where the image goes")]
+Device = Annotated[str | None, typer.Option(help="auto, cuda, mps or cpu; default: `device` in settings.ini")]
+DataDir = Annotated[Path | None, typer.Option(help="folder of the data sets; default: `data_dir` in settings.ini")]
+Out = Annotated[Path, typer.Option(help="PNG file to write")]
 
 
-def chosen_device(name: str | None) -> torch.device:
-    "The device of the option, else of the settings."
+def _chosen_device(name: str | None) -> torch.device:
+    "The device of the option, else the one of the settings."
     return pick_device(name or load_settings().device)
 
 
-def writable(out: Path) -> Path:
-    "`out`, its folder made; `LDMError` where it is no PNG."
+def _png(out: Path) -> Path:
+    "`out`, with its folder created; LDMError where the name does not end in .png."
     if out.suffix.lower() != ".png":
         raise LDMError(f"--out {out}: images are saved as PNG, so the name should end in .png")
     out.parent.mkdir(parents=True, exist_ok=True)
     return out
 
 
+# --- Sampling ---
+
+
 @app.command()
 def recipes() -> None:
-    "List the recipes that `train` knows."
+    "List the recipes that `ldm-edu train` accepts."
     for recipe in RECIPES.values():
         typer.echo(f"{recipe.name:16s} {recipe.about} ({recipe.steps:,} steps)")
 
@@ -82,129 +88,150 @@ def sample(
     prompts: Annotated[
         list[str] | None, typer.Argument(help="captions, each in quotes; none for a model without text")
     ] = None,
-    model: Annotated[str, typer.Option(help="a shipped checkpoint, or a folder")] = "toy-text2image",
-    n: Annotated[int | None, typer.Option(help="how many images of one caption, or without captions")] = None,
+    model: Annotated[str, typer.Option(help="name of a shipped checkpoint, or a folder")] = "toy-text2image",
+    n: Annotated[int | None, typer.Option(help="number of images, for one caption or for none")] = None,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
-    scale: Annotated[float, typer.Option(help="guidance scale; 1 is unguided")] = 3.0,
-    seed: Annotated[int, typer.Option(help="the first image's seed; the next ones count up")] = 0,
+    scale: Annotated[float, typer.Option(help="guidance scale; 1 means no guidance")] = 3.0,
+    seed: Annotated[int, typer.Option(help="seed of the first image; each further image has the next one")] = 0,
     sampler: Annotated[str, typer.Option(help="ddim or ddpm")] = "ddim",
     device: Device = None,
     out: Out = Path("sample.png"),
 ) -> None:
-    "Draw captions with a trained model and save the images as one PNG."
-    out, diffusion = writable(out), LatentDiffusion.from_pretrained(model).to(chosen_device(device))
-    prompts = prompts or None
-    if prompts is not None and len(prompts) == 1:
-        prompts = prompts[0]
-    images = diffusion.sample(prompts, n, steps, scale, seed, sampler, show_progress=True)
+    "Sample images from a trained model, for captions where it takes any, and save them as one PNG."
+    out = _png(out)
+    diffusion = LatentDiffusion.from_pretrained(model).to(_chosen_device(device))
+    captions = prompts[0] if prompts and len(prompts) == 1 else prompts or None
+    images = diffusion.sample(captions, n, steps, scale, seed, sampler, show_progress=True)
     save(images[0] if len(images) == 1 else grid(images), out)
     typer.echo(f"{len(images)} image{'s' * (len(images) > 1)} in {out}")
 
 
-def consent(name: str, data_dir: Path, yes: bool) -> None:
-    "Show the terms of a data set and ask, unless they were accepted before; LDMError where they are not."
-    if accepted(name, data_dir):
+# --- Data ---
+
+
+def _ask_for_terms(name: str, data_dir: Path, yes: bool) -> None:
+    "Show the terms of a data set and ask, unless they were accepted before; LDMError where they are not accepted."
+    if terms_accepted(name, data_dir):
         return
     typer.echo(TERMS[name])
     try:
         if not yes and not typer.confirm("Do you accept them?"):
             raise LDMError("nothing was downloaded")
-    except typer.Abort:  # nobody there to answer
-        raise LDMError("nothing was downloaded: the terms want an answer; --yes accepts them") from None
-    accept(name, data_dir)
+    except typer.Abort:  # nobody is there to answer
+        raise LDMError("nothing was downloaded: the terms need an answer; --yes accepts them") from None
+    accept_terms(name, data_dir)
 
 
 @app.command()
 def data(
     name: Annotated[str, typer.Argument(help="celeba or coco")],
-    data_dir: Annotated[Path | None, typer.Option(help="it gets a folder in there; default: settings.ini")] = None,
-    subset: Annotated[int | None, typer.Option(min=1, help="only so many images; default: all")] = None,
+    data_dir: DataDir = None,
+    subset: Annotated[int | None, typer.Option(min=1, help="keep only this many images; default: all")] = None,
     split: Annotated[str, typer.Option(help="coco only: val2017 or train2017")] = "val2017",
-    panoptic: Annotated[bool, typer.Option(help="coco only: maps of what each pixel shows, too")] = False,
+    panoptic: Annotated[bool, typer.Option(help="coco only: also the panoptic segmentation maps")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="accept the terms without being asked")] = False,
 ) -> None:
-    "Download CelebA or COCO, or go on with it: checked, unpacked, and cut down to a subset where one is asked for."
+    "Download CelebA or COCO, or continue an interrupted download; then check and unpack it, whole or as a subset."
     where = data_dir or load_settings().data_dir
-    home(name, where)  # is there such a data set?
-    consent(name, where, yes)
+    dataset_folder(name, where)  # refuses an unknown data set
+    _ask_for_terms(name, where, yes)
     try:
         root = download_celeba(where, subset) if name == "celeba" else download_coco(where, split, subset, panoptic)
     except KeyboardInterrupt:
         typer.echo("\nstopped; the same command goes on from here")
         raise typer.Exit(130) from None
     typer.echo(f"{name} is in {root}; `dataset = {name}` in settings.ini makes the notebooks use it")
-    typer.echo(f"{root / 'downloads'} holds what was fetched: a larger subset can be made from it, else it may go")
+    typer.echo(f"{root / 'downloads'} holds the downloaded files; a larger subset needs them, otherwise delete them")
 
 
-@app.command()
-def train(
-    recipe: Annotated[str, typer.Argument(help="one of `ldm-edu recipes`")],
-    out: Annotated[Path | None, typer.Option(help="folder of the run; default: runs/RECIPE")] = None,
-    data_dir: Annotated[Path | None, typer.Option(help="where the data set lies; default: settings.ini")] = None,
-    cache_dir: Annotated[
-        Path | None,
-        typer.Option(help="where images are kept for all runs; default: cache/ in settings.ini's data_dir"),
-    ] = None,
-    resume: Annotated[bool, typer.Option(help="go on with the run in that folder")] = False,
-    max_steps: Annotated[int | None, typer.Option(min=1, help="at most so many steps in each stage")] = None,
-    device: Device = None,
-    precision: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16; default: bf16 where the device has it")
-    ] = None,
-    compile: Annotated[
-        bool, typer.Option(help="compile the networks first: slower to start, often faster then")
-    ] = False,
-    channels_last: Annotated[bool, typer.Option(help="another memory layout: often faster on NVIDIA GPUs")] = False,
-    every: Annotated[int, typer.Option(min=1, help="steps between lines of the log")] = 100,
-) -> None:
-    "Train a recipe: the two stages of a diffusion model, a first stage for itself, the judge, or the features."
-    chosen, settings = find_recipe(recipe), load_settings()
-    chosen = chosen if max_steps is None else chosen.shortened(max_steps)
-    out = out or Path("runs") / recipe
-    how = {
-        "device": device or settings.device,
-        "precision": precision,
-        "compile": compile,
-        "channels_last": channels_last,
-    }
-    terminal = sys.stderr.isatty()
-    began = time.monotonic()
-    try:
-        train_recipe(
-            chosen, out, data_dir or settings.data_dir, cache_dir=cache_dir or settings.data_dir / "cache",
-            weights_dir=settings.weights_dir, resume=resume, every=every, log_fn=None if terminal else typer.echo, **how,
-        )  # fmt: skip
-    except KeyboardInterrupt as stopped:
-        line = shlex.join([*again(sys.argv[1:]), "--resume"])
-        typer.echo(f"\n{stopped or 'stopped'}\nThis goes on with it:\n  {line}")
-        raise typer.Exit(130) from None
-    use = f": `ldm-edu sample --model {out / 'model'}` draws with it" if isinstance(chosen, Recipe) else ""
-    typer.echo(f"trained in {time.monotonic() - began:.0f} s, {out / 'model'}{use}")
+# --- Training ---
 
 
-def again(words: list[str]) -> list[str]:
+def _typed(words: list[str]) -> list[str]:
     "The command that was typed, without `--resume`."
     return ["ldm-edu", *(word for word in words if word != "--resume")]
 
 
 @app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="a name that `ldm-edu recipes` lists")],
+    out: Annotated[Path | None, typer.Option(help="folder of the run; default: runs/RECIPE")] = None,
+    data_dir: DataDir = None,
+    cache_dir: Annotated[
+        Path | None, typer.Option(help="folder for prepared images, shared by all runs; default: DATA_DIR/cache")
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="continue the run in that folder")] = False,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="upper limit of steps for each stage")] = None,
+    device: Device = None,
+    precision: Annotated[
+        str | None, typer.Option(help="fp32, bf16 or fp16; default: bf16 where the device computes in it natively")
+    ] = None,
+    compile: Annotated[
+        bool, typer.Option(help="compile the networks: a slower start, then often faster steps")
+    ] = False,
+    channels_last: Annotated[
+        bool, typer.Option(help="keep images and weights in channels-last memory order: often faster on NVIDIA GPUs")
+    ] = False,
+    every: Annotated[int, typer.Option(min=1, help="steps between lines of the log")] = 100,
+) -> None:
+    "Train a recipe: a diffusion model with its first stage, a first stage alone, the judge, or the toy features."
+    chosen = find_recipe(recipe)
+    if max_steps is not None:
+        chosen = chosen.shortened(max_steps)
+    settings = load_settings()
+    out = out or Path("runs") / recipe
+    how = {
+        "cache_dir": cache_dir or settings.data_dir / "cache",
+        "weights_dir": settings.weights_dir,
+        "resume": resume,
+        "every": every,
+        "log_fn": None if sys.stderr.isatty() else typer.echo,
+        "device": device or settings.device,
+        "precision": precision,
+        "compile": compile,
+        "channels_last": channels_last,
+    }
+    began = time.monotonic()
+    try:
+        train_recipe(chosen, out, data_dir or settings.data_dir, **how)
+    except KeyboardInterrupt as stopped:
+        line = shlex.join([*_typed(sys.argv[1:]), "--resume"])
+        typer.echo(f"\n{stopped or 'stopped'}\nThis command continues the run:\n  {line}")
+        raise typer.Exit(130) from None
+    use = f": `ldm-edu sample --model {out / 'model'}` samples from it" if isinstance(chosen, Recipe) else ""
+    typer.echo(f"trained in {time.monotonic() - began:.0f} s, {out / 'model'}{use}")
+
+
+# --- Evaluation ---
+
+
+def _write_scores(folder: Path, scores: Mapping[str, Any]) -> None:
+    "Add scores to the provenance in a model's config.json."
+    config = load_json(folder / "config.json")
+    config["provenance"] = (config.get("provenance") or {}) | {"scores": dict(scores)}
+    save_json(config, folder / "config.json")
+
+
+@app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="a shipped checkpoint, or a folder")] = "toy-text2image",
-    n: Annotated[int, typer.Option(min=1, help="how many captions")] = 512,
-    split: Annotated[str, typer.Option(help="of which split: validation, test or unseen_pairs")] = "test",
+    model: Annotated[str, typer.Argument(help="name of a shipped checkpoint, or a folder")] = "toy-text2image",
+    n: Annotated[int, typer.Option(min=1, help="number of captions")] = 512,
+    split: Annotated[
+        str, typer.Option(help="split that the captions are from: validation, test or unseen_pairs")
+    ] = "test",
     scale: Annotated[float, typer.Option(help="guidance scale")] = 3.0,
     choose: Annotated[
-        bool, typer.Option(help="choose the scale on the validation split first, on half as many captions")
+        bool, typer.Option(help="first choose the scale, on half as many captions of the validation split")
     ] = False,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
-    write: Annotated[bool, typer.Option(help="write the scores into the model's config.json (a folder's)")] = False,
+    write: Annotated[
+        bool, typer.Option(help="write the scores into the model's config.json; MODEL must be a folder")
+    ] = False,
     device: Device = None,
 ) -> None:
-    "Have the judge say how many captions of drawn scenes a model draws."
-    diffusion, reader = (
-        LatentDiffusion.from_pretrained(model).to(chosen_device(device)),
-        SceneReader.from_pretrained("scene-reader"),
-    )
+    "Measure how many captions of toy scenes a model draws correctly, as the judge reads its images."
+    diffusion = LatentDiffusion.from_pretrained(model).to(_chosen_device(device))
+    reader = SceneReader.from_pretrained("scene-reader")
     if write and not Path(model).is_dir():
         raise LDMError(f"--write: {model} is no folder, and the shipped checkpoints are not changed")
     tried = {}
@@ -215,54 +242,64 @@ def evaluate(
     score = score_prompts(diffusion, reader, captions_of(split, n), scale, steps)
     typer.echo(f"{split}, {n} captions, scale {scale:g}, {steps} DDIM steps\n{score}")
     if write:
-        path = Path(model) / "config.json"
-        config = load_json(path)
-        scores = {"scale": scale, "steps": steps, "validation": {str(k): v.prompts.share for k, v in tried.items()}}
-        config["provenance"] = (config.get("provenance") or {}) | {"scores": scores | {split: score.rows()}}
-        save_json(config, path)
+        validation = {str(value): accuracy.prompts.share for value, accuracy in tried.items()}
+        scores = {"scale": scale, "steps": steps, "validation": validation, split: score.rows()}
+        _write_scores(Path(model), scores)
+
+
+def _perceptual_distance(weights_dir: Path, device: torch.device) -> tuple[Any, str]:
+    "LPIPS where its weights are at hand, else the distance of ToyFeatures; with its name."
+    try:
+        return LPIPS("alex", weights_dir, download=False).to(device), "LPIPS (AlexNet)"
+    except LDMError:
+        return ToyFeatures.from_pretrained("toy-features").to(device).distance, "ToyFeatures"
 
 
 @app.command()
 def reconstruct(
     model: Annotated[
-        str, typer.Argument(help="a first stage, or a model that has one: shipped, or a folder")
+        str, typer.Argument(help="a first stage, or a model that has one: name of a shipped checkpoint, or a folder")
     ] = "toy-kl-f4",
     dataset: Annotated[str, typer.Option(help="toy, toy-faces, celeba, coco or folder")] = "toy",
-    data_dir: Annotated[Path | None, typer.Option(help="where the data set lies; default: settings.ini")] = None,
-    split: Annotated[str, typer.Option(help="of which split: validation or test, of toy scenes also unseen_pairs")] = "test",
-    n: Annotated[int, typer.Option(min=2, help="how many images")] = 256,
-    size: Annotated[int, typer.Option(min=1, help="height and width")] = 64,
+    data_dir: DataDir = None,
+    split: Annotated[
+        str, typer.Option(help="split of the images: validation or test; for toy scenes also unseen_pairs")
+    ] = "test",
+    n: Annotated[int, typer.Option(min=2, help="number of images")] = 256,
+    size: Annotated[int, typer.Option(min=1, help="height and width of the images, in pixels")] = 64,
     device: Device = None,
-    out: Annotated[Path | None, typer.Option(help="where an image of eight of them goes, if wanted")] = None,
+    out: Annotated[Path | None, typer.Option(help="PNG file for eight images and their reconstructions")] = None,
 ) -> None:
-    "Say what a first stage gives back of images that it has not seen."
-    settings, where = load_settings(), chosen_device(device)
-    first_stage, out = load_first_stage(model).to(where), out and writable(out)
-    data = open_dataset(dataset, data_dir or settings.data_dir, split, size)
+    "Measure how well a first stage reconstructs images that it was not trained on."
+    settings = load_settings()
+    where = _chosen_device(device)
+    first_stage = load_first_stage(model).to(where)
+    out = out and _png(out)
+    data: Any = open_dataset(dataset, data_dir or settings.data_dir, split, size)
     images = torch.stack([data[i]["image"] for i in range(min(n, len(data)))]).to(where)
-    try:
-        distance, name = LPIPS("alex", settings.weights_dir, download=False).to(where), "LPIPS (AlexNet)"
-    except LDMError:
-        distance, name = ToyFeatures.from_pretrained("toy-features").to(where).distance, "ToyFeatures"
+    distance, name = _perceptual_distance(settings.weights_dir, where)
     scores = score_first_stage(first_stage, images, distance)
     typer.echo(f"{dataset}, {split}, {scores.images} images of {size}², perceptual distance: {name}\n{scores}")
     with torch.no_grad():
-        back = torch.cat([first_stage.reconstruct(some) for some in images.split(64)])
-    if (dataset, size) == ("toy", 64):  # what the judge was trained for
+        reconstructions = torch.cat([first_stage.reconstruct(some) for some in images.split(64)])
+    if (dataset, size) == ("toy", 64):  # the judge was trained for these images
         reader = SceneReader.from_pretrained("scene-reader").to(where)
         scenes = [data.describe(i)[0] for i in range(len(images))]
-        before, after = (reader_accuracy(reader, some, scenes) for some in (images, back))
+        before, after = (reader_accuracy(reader, some, scenes) for some in (images, reconstructions))
         typer.echo(f"{'read without an error':28s} {after} (before: {before})")
     if out:
-        save(grid(torch.cat([images[:8], back[:8]]), columns=min(8, len(images))), out)
-        typer.echo(f"images above, what came back below: {out}")
+        save(grid(torch.cat([images[:8], reconstructions[:8]]), columns=min(8, len(images))), out)
+        typer.echo(f"images above, their reconstructions below: {out}")
+
+
+# --- The course, and a demonstration ---
 
 
 @app.command()
-def lab(folder: Annotated[Path, typer.Argument(help="the notebooks")] = Path("nbs")) -> None:
+def lab(folder: Annotated[Path, typer.Argument(help="folder of the notebooks")] = Path("nbs")) -> None:
     "Open the notebooks in JupyterLab."
     if not folder.is_dir():
-        raise LDMError(f"{folder} is no folder: start this where the course lies, or say where its notebooks are")
+        raise LDMError(f"{folder} is no folder: start this in the folder of the course, or say where its notebooks are")
     try:
         import jupyterlab  # noqa: F401
     except ImportError as error:
@@ -270,28 +307,29 @@ def lab(folder: Annotated[Path, typer.Argument(help="the notebooks")] = Path("nb
     raise typer.Exit(subprocess.call([sys.executable, "-m", "jupyterlab", str(folder)]))
 
 
-CAPTIONS = (
+_CAPTIONS = (
     "a small red sphere left of a big blue cube",
     "a big yellow cylinder",
     "a big green ball and a small purple can",
 )
-SCALES = (1.0, 2.0, 4.0, 8.0)
+_SCALES = (1.0, 2.0, 4.0, 8.0)
 
 
-def demo_figure(
+def _demo_figure(
     shipped: dict[float, Float[Tensor, "b 3 h w"]],  # guidance scale to images, one for each caption
     scratch: Float[Tensor, "b 3 h2 w2"],  # the small model's images
     title: str,  # above the small model's images
     out: Path,
 ) -> None:
-    "Captions down, guidance scales across, the small model's images in the last column; saved as `out`."
+    "Save a table of images: a row for each caption, a column for each guidance scale, and one for the small model."
     from matplotlib.figure import Figure
 
     columns = {f"scale {scale:g}": images for scale, images in shipped.items()} | {title: scratch}
-    figure = Figure(figsize=(2 * len(columns), 2.15 * len(CAPTIONS)), dpi=80, layout="constrained")
-    for i, caption in enumerate(CAPTIONS):
+    rows = len(_CAPTIONS)
+    figure = Figure(figsize=(2 * len(columns), 2.15 * rows), dpi=80, layout="constrained")
+    for i, caption in enumerate(_CAPTIONS):
         for j, (name, images) in enumerate(columns.items()):
-            axes = figure.add_subplot(len(CAPTIONS), len(columns), i * len(columns) + j + 1, xticks=[], yticks=[])
+            axes = figure.add_subplot(rows, len(columns), i * len(columns) + j + 1, xticks=[], yticks=[])
             axes.imshow(to_pil(images[i]))
             axes.set_title(name if i == 0 else "", fontsize=9)
             if j == 0:
@@ -304,26 +342,27 @@ def demo(
     out: Out = Path("demo.png"),
     device: Device = None,
     steps: Annotated[int, typer.Option(help="denoising steps of each image")] = 50,
-    train_steps: Annotated[int | None, typer.Option(min=1, help="at most so many training steps in each stage")] = None,
+    train_steps: Annotated[int | None, typer.Option(min=1, help="upper limit of training steps for each stage")] = None,
 ) -> None:
-    "Draw with the shipped model, train a small one from nothing in a minute or two, and put both in an image."
-    where, out = chosen_device(device), writable(out)
-    typer.echo(
-        f"1. the shipped model draws {len(CAPTIONS)} captions at guidance scales {', '.join(f'{s:g}' for s in SCALES)}"
-    )
+    "Sample from the shipped model, train a small one from nothing in a minute or two, and save both results."
+    where = _chosen_device(device)
+    out = _png(out)
+    scales = ", ".join(f"{scale:g}" for scale in _SCALES)
+    typer.echo(f"1. the shipped model draws {len(_CAPTIONS)} captions at guidance scales {scales}")
     shipped = LatentDiffusion.from_pretrained("toy-text2image").to(where)
-    drawn = {
-        scale: shipped.sample(CAPTIONS, steps=steps, scale=scale, seed=1, show_progress=True).cpu() for scale in SCALES
-    }
+    drawn = {}
+    for scale in _SCALES:
+        drawn[scale] = shipped.sample(_CAPTIONS, steps=steps, scale=scale, seed=1, show_progress=True).cpu()
     recipe = find_recipe("toy-demo")
-    recipe = recipe if train_steps is None else recipe.shortened(train_steps)
-    typer.echo("2. a small one is trained from nothing: scenes are drawn, then first stage and UNet learn")
+    if train_steps is not None:
+        recipe = recipe.shortened(train_steps)
+    typer.echo("2. a small model is trained from nothing: scenes are drawn, then first stage and UNet are trained")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        small = train_recipe(recipe, Path(folder) / "run", device=str(where), sample_every=0)
+        small: Any = train_recipe(recipe, Path(folder) / "run", device=str(where), sample_every=0)
     seconds = time.monotonic() - began
-    scratch = small.to(where).sample(CAPTIONS, steps=steps, scale=3.0, seed=1).cpu()
-    demo_figure(drawn, scratch, f"from nothing, {seconds:.0f} s", out)
-    typer.echo(
-        f"both are in {out}. Next: `make lab` (or `ldm-edu lab`), then open index.ipynb; 04, 06 and 12 are the heart"
-    )
+    scratch = small.to(where).sample(_CAPTIONS, steps=steps, scale=3.0, seed=1).cpu()
+    _demo_figure(drawn, scratch, f"from nothing, {seconds:.0f} s", out)
+    typer.echo(f"both results are in {out}")
+    typer.echo("next: `make lab` (or `ldm-edu lab`), then open index.ipynb;")
+    typer.echo("11_autoencoder, 21_diffusion and 44_guidance are the heart of the course")

@@ -1,25 +1,42 @@
-"""What the numbers of an image tensor mean, and one line of code for each way of looking at them."""
+"""Looking at image tensors: one function for each way, and none that changes what it shows."""
+
+# Images are float tensors in [-1, 1]: (c, h, w), (b, c, h, w), or a list of (c, h, w) of any sizes, with c = 1 (grey) or
+# 3 channels. Anything else is refused by name, since the commonest mistake, (h, w, 3), would be drawn as thin stripes.
+# Matplotlib, PIL and ipywidgets are imported inside the functions that need them: training on a server loads none.
 
 import inspect
 import math
 import textwrap
-import torch
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from jaxtyping import Float, UInt8
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from jaxtyping import Float, UInt8
 from torch import Tensor
-from typing import Any
+
 from ldm_edu.basics import is_static
 from ldm_edu.checkpoints import atomic
 from ldm_edu.errors import LDMError
 
-"""What the numbers of an image tensor mean, and one line of code for each way of looking at them"""
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+__all__ = ["curve", "explore", "grid", "save", "show", "show_rows", "to_pil", "to_uint8"]
+
+Images = Tensor | Sequence[Tensor]  # one image, a batch, or a list of images
+
+# --- Numbers to bytes ---
 
 
 def to_uint8(
     images: Float[Tensor, "*shape"],  # in [-1, 1]; what lies outside is cut off
 ) -> UInt8[Tensor, "*shape"]:
-    "The bytes 0 to 255 of images in [-1, 1]; ValueError for integers and for nan."
+    """The bytes 0 to 255 of images in [-1, 1]: u = round(127.5 (x + 1)), cut off at both ends.
+
+    The way back is x' = u / 127.5 - 1, with |x' - x| ≤ 1/255 for an x in the range. Raises LDMError for integers, which
+    are probably bytes already, and for nan, which has no colour.
+    """
     if not images.is_floating_point():
         raise LDMError(f"`images` should be float in [-1, 1], not {images.dtype}")
     if images.isnan().any():
@@ -27,25 +44,25 @@ def to_uint8(
     return ((images.detach().float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
-def _as_list(images: Tensor | Sequence[Tensor], name: str = "images") -> list[Tensor]:
+def _as_list(images: Images, name: str = "images") -> list[Tensor]:
     "Every image by itself, (1 or 3, h, w) on the CPU, from one image, a batch, or a list of them."
     batch = images[None] if isinstance(images, Tensor) and images.ndim == 3 else images
     tensors = [image.detach().cpu() for image in batch]
+    if not tensors:
+        raise LDMError(f"`{name}` is empty: there is nothing to show")
     for image in tensors:
         if image.ndim != 3 or image.shape[0] not in (1, 3) or not image.numel():
             shape = tuple(images.shape) if isinstance(images, Tensor) else f"a list with {tuple(image.shape)}"
             raise LDMError(f"`{name}` should be (b, c, h, w) or (c, h, w) with 1 or 3 channels, not {shape}")
         if not image.is_floating_point():
             raise LDMError(f"`{name}` should be float in [-1, 1], not {image.dtype}")
-    if not tensors:
-        raise LDMError(f"`{name}` is empty: there is nothing to show")
     return tensors
 
 
 def to_pil(
     image: Tensor,  # (c, h, w) or (1, c, h, w) in [-1, 1]; c = 1 or 3
-):  # -> PIL.Image.Image
-    "The image as PIL knows it: bytes, with the colours last."
+) -> "PILImage":
+    "The image for PIL: bytes, with the channels last; mode L for one channel, RGB for three."
     from PIL import Image
 
     tensors = _as_list(image, "image")
@@ -56,11 +73,15 @@ def to_pil(
 
 
 def grid(
-    images: Tensor | Sequence[Tensor],  # (b, c, h, w) in [-1, 1], all of one size
+    images: Images,  # (b, c, h, w) in [-1, 1], all of one size
     columns: int | None = None,  # images a row; default: up to 8
     pad: int = 2,  # white pixels between and around
 ) -> Float[Tensor, "3 H W"]:
-    "One image of many, row by row."
+    """One image of many, row by row, on a white ground.
+
+    The image in row r and column c, counted from 0, has its upper left corner at (p + r (h + p), p + c (w + p)) for
+    images of (h, w) and p = `pad`. `torchvision.utils.make_grid(pad_value=1.0)` gives the same.
+    """
     tensors = _as_list(images)
     if len(sizes := {tuple(image.shape[1:]) for image in tensors}) > 1:
         raise LDMError(f"`images` should be of one size, not {sorted(sizes)}")
@@ -75,11 +96,61 @@ def grid(
     return sheet
 
 
+# --- Figures of images ---
+
 _DPI = 80  # pixels an inch: small files, still sharp
+_LETTERS = 14  # letters an inch, in a text of 8 points
+_LABEL = 1.2  # most inches for the label of a row
 
 
-def _finish(figure, suptitle: str | None = None) -> None:
-    "Put a line above everything, show the figure and let go of it."
+class _Panel(NamedTuple):
+    "Rows of images with their texts, and the sizes that they are drawn in."
+
+    rows: list[list[Tensor]]
+    titles: list[list[str]]  # one above each image, wrapped; "" for none
+    labels: list[str]  # one left of each row, wrapped; "" for none
+    margin: float  # inches left of the images, for the labels
+    inches: float  # width of an image
+    heights: list[float]  # inches of each row without its titles: as high as its tallest image
+    above: float  # inches of all titles together
+
+
+def _wrap(text: Any, inches: float) -> str:
+    "Text in lines that fit a width, at 8 points."
+    return textwrap.fill(str(text), max(8, int(_LETTERS * inches)))
+
+
+def _arrange(
+    rows: list[list[Tensor]],  # images
+    titles: list[list[Any]],  # one above each image; "" for none
+    labels: list[str],  # one left of each row; "" for none
+    scale: float | int | None,  # inches an image; None: what fits
+) -> _Panel:
+    "Decide how large everything is drawn."
+    inches = float(scale or min(1.5, 7.5 / max(map(len, rows))))
+    wrapped = [[_wrap(title, inches) for title in line] for line in titles]
+    lines = [max(len(title.splitlines()) for title in line) for line in wrapped]
+    above = sum(0.15 * n + 0.05 for n in lines if n)
+    heights = [inches * max(image.shape[1] / image.shape[2] for image in row) for row in rows]
+    beside = [_wrap(label, _LABEL) for label in labels]
+    longest = max(len(line) for label in beside for line in [*label.splitlines(), ""])
+    return _Panel(rows, wrapped, beside, longest / _LETTERS, inches, heights, above)
+
+
+def _draw_image(axes: Any, image: Tensor, inches: float) -> None:
+    """Draw one image, and nothing around it.
+
+    A small image is enlarged with `nearest`, so every square that is seen is a pixel. An image with more pixels than
+    there is room for is smoothed as it shrinks.
+    """
+    enlarged = image.shape[2] <= inches * _DPI
+    axes.imshow(to_pil(grid(image, pad=0)), interpolation="nearest" if enlarged else "antialiased")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
+def _finish(figure: Any, suptitle: str | None = None) -> None:
+    "Put a line above everything, show the figure and close it."
     import matplotlib.pyplot as plt
 
     if suptitle:
@@ -88,41 +159,22 @@ def _finish(figure, suptitle: str | None = None) -> None:
     plt.close(figure)
 
 
-def _wrap(text: Any, inches: float) -> str:
-    "Text in lines that fit a width, at 8 points."
-    return textwrap.fill(str(text), max(8, int(16 * inches)))
-
-
-def _panel(
-    rows: list[list[Tensor]],  # images
-    titles: list[list[Any]],  # one above each image; "" for none
-    labels: list[str],  # one left of each row; "" for none
-    scale: float | int | None,  # inches an image
-    suptitle: str | None,
-) -> None:
+def _draw_panel(panel: _Panel, suptitle: str | None = None) -> None:
     "Draw rows of images as one figure."
     import matplotlib.pyplot as plt
 
-    columns = max(map(len, rows))
-    inches = float(scale or min(1.5, 7.5 / columns))
-    titles = [[_wrap(title, inches) for title in line] for line in titles]
-    lines = [max(len(title.splitlines()) for title in line) for line in titles]
-    heights = [inches * max(p.shape[1] / p.shape[2] for p in row) + 0.15 * n for row, n in zip(rows, lines)]
-    figure, axes = plt.subplots(
-        len(rows), columns, figsize=(columns * inches, sum(heights)), height_ratios=heights,
-        dpi=_DPI, squeeze=False, layout="constrained",
-    )  # fmt: skip
-    for i, j in ((i, j) for i in range(len(rows)) for j in range(columns)):
-        if j >= len(rows[i]):
-            axes[i, j].axis("off")
-            continue
-        enlarged = rows[i][j].shape[2] <= inches * _DPI
-        axes[i, j].imshow(to_pil(grid(rows[i][j], pad=0)), interpolation="nearest" if enlarged else "antialiased")
-        axes[i, j].set(xticks=[], yticks=[])
-        axes[i, j].spines[:].set_visible(False)
-        axes[i, j].set_title(titles[i][j], fontsize=8)
-    for line, label in zip(axes, labels):
-        line[0].set_ylabel(_wrap(label, 1.2), rotation=0, ha="right", va="center", fontsize=8)
+    columns = max(map(len, panel.rows))
+    height = sum(panel.heights) + panel.above + (0.25 if suptitle else 0)
+    size = (panel.margin + columns * panel.inches, height)
+    cells = {"squeeze": False, "layout": "constrained", "height_ratios": panel.heights}
+    figure, axes = plt.subplots(len(panel.rows), columns, figsize=size, dpi=_DPI, **cells)
+    for line, images, titles, label in zip(axes, panel.rows, panel.titles, panel.labels):
+        for one, image, title in zip(line, images, titles):
+            _draw_image(one, image, panel.inches)
+            one.set_title(title, fontsize=8)
+        for one in line[len(images) :]:
+            one.axis("off")
+        line[0].set_ylabel(label, rotation=0, ha="right", va="center", fontsize=8)
     _finish(figure, suptitle)
 
 
@@ -136,22 +188,22 @@ def _titles(titles: Sequence[Any] | None, n: int, of: str) -> list[Any]:
 
 
 def show(
-    images: Tensor | Sequence[Tensor],  # (b, c, h, w), (c, h, w) or a list of images of any sizes, in [-1, 1]
+    images: Images,  # (b, c, h, w), (c, h, w) or a list of images of any sizes, in [-1, 1]
     titles: Sequence[Any] | None = None,  # one above each image
     columns: int | None = None,  # images a row; default: up to 8
     scale: float | int | None = None,  # inches an image; default: what fits
     suptitle: str | None = None,  # one line above all
 ) -> None:
-    "Draw images side by side."
+    "Draw images side by side, every pixel of a small one as a square."
     tensors = _as_list(images)
     titles = _titles(titles, len(tensors), "image")
     starts = range(0, len(tensors), columns or 8)
     rows, above = ([many[i : i + (columns or 8)] for i in starts] for many in (tensors, titles))
-    _panel(rows, above, [""] * len(rows), scale, suptitle)
+    _draw_panel(_arrange(rows, above, [""] * len(rows), scale), suptitle)
 
 
 def show_rows(
-    rows: Mapping[str, Tensor | Sequence[Tensor]],  # label -> images; rows may differ in length and size
+    rows: Mapping[str, Images],  # label -> images; rows may differ in length and size
     titles: Sequence[Any] | None = None,  # one above each column
     scale: float | int | None = None,  # inches an image; default: what fits
     suptitle: str | None = None,  # one line above all
@@ -162,25 +214,32 @@ def show_rows(
         raise LDMError("`rows` is empty: there is nothing to show")
     columns = max(map(len, tensors))
     above = [_titles(titles, columns, "column")] + [[""] * columns] * (len(rows) - 1)
-    _panel(tensors, above, list(rows), scale, suptitle)
+    _draw_panel(_arrange(tensors, above, list(rows), scale), suptitle)
+
+
+# --- Curves ---
 
 
 def running_mean(
     values: Sequence | Tensor,  # (n,)
     width: int,  # how many, k >= 1
 ) -> Float[Tensor, "n"]:
-    "The mean of the last `width` values at every place, of as many as there are at the start."
+    """The mean of the last `width` values at every place; at the start, of the fewer values that there are.
+
+    m_i = (1/k) Σ_{j = i-k+1..i} v_j, as the difference of two cumulative sums, so that the width costs nothing. Where
+    the jumps of the values are independent, those of the mean are √k times smaller.
+    """
     if width < 1:
         raise LDMError(f"`width` should be at least 1, not {width}")
     sums = torch.as_tensor(values, dtype=torch.float64).cumsum(0)
-    sums = torch.cat([sums.new_zeros(1), sums])  # sums[i]: of the first i values
+    sums = torch.cat([sums.new_zeros(1), sums])  # sums[i]: sum of the first i values
     end = torch.arange(1, len(sums))
     start = (end - width).clamp(min=0)
     return (sums[end] - sums[start]) / (end - start)
 
 
 def _numbers(values: Iterable) -> list[float]:
-    "Python's own numbers, from whatever holds some."
+    "The values as Python floats, whether a list, a tensor or an array holds them."
     return [float(value.item() if isinstance(value, Tensor) else value) for value in values]
 
 
@@ -190,9 +249,12 @@ def curve(
     xlabel: str = "",
     ylabel: str = "",
     log: bool = False,  # logarithmic y axis
-    smooth: int = 1,  # draw the running mean of so many values, and the values themselves faintly
+    smooth: int = 1,  # draw the running mean of so many values, and faintly the values themselves
 ) -> None:
-    "Draw one or several curves over a common x axis."
+    """Draw one or several curves over a common x axis.
+
+    A smoothed curve is always drawn with the values themselves, since alone it would hide how much they scatter.
+    """
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 2.5), dpi=_DPI, layout="constrained")
@@ -212,6 +274,9 @@ def curve(
     _finish(figure)
 
 
+# --- Sliders ---
+
+
 def _check_slider(name: str, slider: Any) -> None:
     "Refuse what is neither (low, high[, step]), [choices] nor True/False."
     if isinstance(slider, bool) or (isinstance(slider, list) and slider):
@@ -227,7 +292,7 @@ def stops(
     default: Any = None,  # a value that must be among them
     n: int = 5,  # how many at most
 ) -> list:
-    "A few values along a slider, from end to end."
+    "A few values along a slider, evenly spaced from end to end, with `default` among them."
     _check_slider("slider", slider)
     if isinstance(slider, bool):
         return [False, True]
@@ -241,7 +306,8 @@ def stops(
     if step:
         values = [low + step * round((value - low) / step) for value in values]
     if default is not None:
-        values[min(range(n), key=lambda i: abs(values[i] - default))] = default
+        nearest = min(range(n), key=lambda i: abs(values[i] - default))
+        values[nearest] = default
     return sorted({round(value, 6) for value in values})
 
 
@@ -264,9 +330,9 @@ def _defaults(fn: Callable, sliders: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _along(fn: Callable, sliders: Mapping[str, Any], starts: Mapping[str, Any]) -> None:
-    "`explore` on paper: one row of images for each slider, the others left where they start."
+    "`explore` as a figure: a row of images for each slider, while the other sliders stay where they start."
     first = fn(**starts)
-    if not isinstance(first, Tensor):  # it has drawn for itself
+    if not isinstance(first, Tensor):  # `fn` has drawn its own figure
         return
     rows, titles = [], []
     for name, slider in sliders.items():
@@ -274,11 +340,11 @@ def _along(fn: Callable, sliders: Mapping[str, Any], starts: Mapping[str, Any]) 
         results = [fn(**{**starts, name: value}) for value in values]
         rows.append([r if r.ndim == 3 else grid(r) for r in results])
         titles.append([f"{name} = {round(v, 4) if isinstance(v, float) else v}" for v in values])
-    _panel(rows, titles, [""] * len(rows), None, None)
+    _draw_panel(_arrange(rows, titles, [""] * len(rows), None))
 
 
 def _control(name: str, slider: Any, start: Any):
-    "The ipywidgets control of one slider; it acts when it is let go."
+    "The ipywidgets control of one slider; `fn` is called when the control is released."
     import ipywidgets
 
     if isinstance(slider, bool):
@@ -292,11 +358,17 @@ def _control(name: str, slider: Any, start: Any):
 
 
 def explore(
-    fn: Callable[..., Tensor | None],  # returns images, (c, h, w) or (b, c, h, w); or None, if it draws for itself
+    fn: Callable[..., Tensor | None],  # returns images, (c, h, w) or (b, c, h, w); or None, if it draws a figure itself
     /,
     **sliders: Any,  # argument = (low, high), (low, high, step), [choices] or True/False
 ) -> None:
-    "Call `fn` when a slider moves; where nobody can move one, at a few stops of each (once, if it draws for itself)."
+    """Call `fn` whenever a slider moves, and show the images that it returns.
+
+    (low, high) and (low, high, step) move in whole steps where all numbers are integers, else in fine ones; [choices]
+    offers these; True or False is a checkbox. A slider starts at the default in the signature of `fn`. Where no slider
+    can be moved (a page on the web, a test) the images at a few stops of each slider are drawn in one figure; a
+    function that draws its own figure is called once. LDMError names a slider that does not fit `fn`.
+    """
     starts = _defaults(fn, sliders)
     if is_static():
         return _along(fn, sliders, starts)
@@ -306,17 +378,20 @@ def explore(
     def draw(**values: Any) -> None:
         result = fn(**values)
         if isinstance(result, Tensor):
-            show(result, scale=3 if result.ndim == 3 else None)
+            show(result, scale=3 if result.ndim == 3 else None)  # a single image larger
 
     controls = {name: _control(name, slider, starts[name]) for name, slider in sliders.items()}
     display(*controls.values(), ipywidgets.interactive_output(draw, controls))
 
 
+# --- Files ---
+
+
 def save(
-    images: Tensor | Sequence[Tensor],  # one image, or several, which become a grid
-    path: str | Path,  # its ending names the format: .png, .jpg
+    images: Images,  # one image, or several, which become a grid
+    path: str | Path,  # its ending names the format: .png keeps every byte, .jpg does not
 ) -> None:
-    "Write images to a file, whole or not at all; folders are made."
+    "Write images to a file, whole or not at all; missing folders are created."
     from PIL import Image
 
     path, tensors = Path(path), _as_list(images)

@@ -3,21 +3,19 @@
 from collections.abc import Callable
 from typing import Any
 
+__all__ = ["CheckpointError", "DataError", "DownloadError", "LDMError", "refusal"]
+
+
 class LDMError(ValueError):
-    "Base of every error this package raises on purpose: its message says what was wrong and what would be right."
+    """Base class of every error that the package raises on purpose.
+
+    The message says what was wrong and what would be right. It is a ValueError: an argument, a setting or a file has
+    a value that cannot be used. A bug in the package raises something else.
+    """
 
 
 class CheckpointError(LDMError):
-    "A checkpoint file that is missing, cut off, or made by something else."
-
-
-def refusal(fn: Callable, *args: Any, **kwargs: Any) -> str:
-    "The message of the LDMError with which `fn` refuses these arguments; an AssertionError where it accepts them."
-    try:
-        fn(*args, **kwargs)
-    except LDMError as error:
-        return str(error)
-    raise AssertionError(f"{fn.__name__} accepted what it should have refused")
+    "A checkpoint file that is missing, truncated, or of another kind."
 
 
 class DataError(LDMError):
@@ -25,4 +23,17 @@ class DataError(LDMError):
 
 
 class DownloadError(LDMError):
-    "A file that could not be had, or is not what it should be; the message says what to do."
+    "A file that could not be downloaded, or whose content is not what was published; the message says what to do."
+
+
+def refusal(fn: Callable, *args: Any, **kwargs: Any) -> str:
+    """The message of the LDMError that `fn(*args, **kwargs)` raises.
+
+    Raises AssertionError where `fn` accepts the arguments, so that a lesson cannot promise an error that never comes.
+    Any other exception passes through.
+    """
+    try:
+        fn(*args, **kwargs)
+    except LDMError as error:
+        return str(error)
+    raise AssertionError(f"{fn.__name__} accepted what it should have refused")

@@ -14,7 +14,7 @@ def group_norm(
     groups: int = 32,  # groups that are normalised together; must divide `channels`
     eps: float = 1e-5,  # 1e-5 in the UNet's blocks, 1e-6 in the first stage and in transformers over maps
 ) -> nn.GroupNorm:
-    "GroupNorm with the number of groups and the epsilon of the released code; `LDMError` where it does not divide."
+    "GroupNorm as in the released code; `LDMError` where `groups` does not divide `channels`."
     if channels % groups:
         raise LDMError(f"channels={channels} cannot be split into groups={groups}: choose a multiple of {groups}")
     return nn.GroupNorm(groups, channels, eps=eps)

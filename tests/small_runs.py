@@ -1,4 +1,4 @@
-"""A recipe so small that a run can be killed ten times in one test, and processes that cook it and can be killed."""
+"""A recipe so small that a run can be killed ten times in one test, and processes that train it and can be killed."""
 
 import multiprocessing
 import os
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ldm_edu.checkpoints import load_tensors
+from ldm_edu.training.dispatch import train
 from ldm_edu.training.recipes import (
     AdversarialRecipe,
     AutoencoderRecipe,
@@ -20,7 +21,6 @@ from ldm_edu.training.recipes import (
     TextRecipe,
     Training,
 )
-from ldm_edu.training.stages import train_autoencoder, train_latent_diffusion
 
 
 def tiny(steps: int = 6, batch_size: int = 4, **training: Any) -> Recipe:
@@ -39,7 +39,7 @@ def tiny(steps: int = 6, batch_size: int = 4, **training: Any) -> Recipe:
 
 
 def tiny_autoencoder(steps: int = 6, start: int = 3, **training: Any) -> AutoencoderRecipe:
-    """A first stage with all that it can have: a codebook, a perceptual distance, and a discriminator from `start` on."""
+    """A first stage with a codebook, a perceptual distance, and a discriminator from step `start` on."""
     first_stage = replace(
         tiny(steps, **training).first_stage,
         regulariser="vq",
@@ -62,12 +62,11 @@ def of_stages(recipe: Recipe, **training: Any) -> Recipe:
 HOW = {"device": "cpu", "precision": "fp32", "every": 3, "sample_every": 100, "save_every": 0.0}
 
 
-def cook(folder: Path, recipe: Recipe | AutoencoderRecipe | None = None, **how: Any):
+def train_tiny(folder: Path, recipe: Recipe | AutoencoderRecipe | None = None, **how: Any):
     """`tiny`, or another recipe, on one thread; goes on with what the folder holds, if it holds a run."""
     torch.set_num_threads(1)
     resume = (folder / "recipe.json").exists()
-    do = train_autoencoder if isinstance(recipe, AutoencoderRecipe) else train_latent_diffusion
-    return do(recipe or tiny(), folder, **(HOW | {"resume": resume} | how))
+    return train(recipe or tiny(), folder, **(HOW | {"resume": resume} | how))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -96,32 +95,32 @@ class Child:
         self.process.start()
 
     def signal(self, number: int) -> None:
-        """Send it a signal, if it still lives."""
+        """Send the process a signal, if it still runs."""
         if self.process.is_alive():
             os.kill(self.process.pid, number)
 
     def wait(self, timeout: float = 300.0) -> int:
-        """Its exit code; negative: the signal that ended it."""
+        """The exit code of the process; negative: the signal that ended it."""
         self.process.join(timeout)
         if self.process.is_alive():
             self.process.kill()
-            raise AssertionError(f"still running after {timeout} s; it said: {self.said()}")
+            raise AssertionError(f"still running after {timeout} s; its output: {self.text()}")
         return self.process.exitcode
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 300.0) -> None:
-        """Until the condition holds, or the process has ended."""
+        """Wait until the condition holds, or the process has ended."""
         end = time.monotonic() + timeout
         while self.process.is_alive() and not condition():
-            assert time.monotonic() < end, f"waited {timeout} s in vain; the process said: {self.said()}"
+            assert time.monotonic() < end, f"waited {timeout} s in vain; its output: {self.text()}"
             time.sleep(0.005)
 
-    def said(self) -> str:
-        """What it wrote to stdout and stderr so far."""
+    def text(self) -> str:
+        """What the process has written to stdout and stderr so far."""
         return self.output.read_text(errors="replace") if self.output.exists() else ""
 
 
 def run_here(output: Path, target: Callable[..., Any], args: tuple) -> None:
-    """In the new process: send its output to a file and call what it is for."""
+    """In the new process: send the output to a file and call the target."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)

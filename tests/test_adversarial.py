@@ -1,4 +1,4 @@
-"""The discriminator against a PatchGAN written here, its weight against finite differences, and who learns from whom."""
+"""The discriminator against a PatchGAN written here, its weight against finite differences, and where gradients go."""
 
 import copy
 from functools import partial
@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm_edu.errors import LDMError
-from ldm_edu.first_stage.adversarial import Adversary, PatchDiscriminator, adaptive_weight, hinge_loss
-from ldm_edu.first_stage.autoencoder import AutoencoderKL
-from ldm_edu.first_stage.losses import FirstStageLoss
+from ldm_edu.first_stage import Adversary, AutoencoderKL, FirstStageLoss, PatchDiscriminator
+from ldm_edu.first_stage.adversarial import adaptive_weight, hinge_loss
 
 # The discriminator ---------------------------------------------------------------------------------------------------
 
@@ -57,7 +56,10 @@ def test_equals_a_patchgan(layers):
 def test_a_logit_sees_one_patch(layers, side):
     """How far the pixels lie apart on which a logit in the middle depends."""
     torch.manual_seed(0)
-    discriminator, x = PatchDiscriminator(4, layers).eval().double(), torch.randn(1, 3, 192, 192).double().requires_grad_(True)
+    discriminator, x = (
+        PatchDiscriminator(4, layers).eval().double(),
+        torch.randn(1, 3, 192, 192).double().requires_grad_(True),
+    )
     logits = discriminator(x)
     logits[0, 0, logits.shape[2] // 2, logits.shape[3] // 2].backward()
     for others in ((0, 1), (0, 2)):
@@ -81,7 +83,7 @@ def test_begins_as_in_the_released_code(norm):
             assert not layer.bias.any()
 
 
-def test_group_does_not_look_at_the_batch_mates_and_batch_does():
+def test_group_norm_does_not_depend_on_the_rest_of_the_batch_and_batch_norm_does():
     torch.manual_seed(0)
     x, mates = torch.randn(1, 3, 32, 32), torch.randn(3, 3, 32, 32) * 3
     for norm, alike in (("group", True), ("batch", False)):
@@ -91,7 +93,7 @@ def test_group_does_not_look_at_the_batch_mates_and_batch_does():
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4])
-def test_too_small_pictures_are_refused(layers):
+def test_too_small_images_are_refused(layers):
     discriminator, least = PatchDiscriminator(4, layers), 2 ** (layers + 2)
     assert discriminator(torch.zeros(2, 3, least, least)).numel() >= 2
     for h, w in ((least // 2, 256), (256, least // 2), (1, 1)):
@@ -165,7 +167,7 @@ def test_adaptive_weight_equals_finite_differences(norm):
 
 
 @pytest.mark.parametrize("length, d_weight", [(0.5, 5000.0), (3.0, 1e4), (0.0, 0.0)])
-def test_where_the_critic_says_nothing_its_weight_is_bounded(length, d_weight):
+def test_without_a_gradient_of_g_loss_the_weight_is_bounded(length, d_weight):
     """λ = ‖rec_loss‖ / (0 + 1e-4), and never more than 1e4."""
     last = torch.zeros(2, 2, requires_grad=True)
     rec_loss, g_loss = (last * torch.tensor([[length, 0.0], [0.0, 0.0]])).sum(), (last * 0.0).sum()
@@ -182,11 +184,11 @@ def test_adaptive_weight_keeps_the_graph_and_takes_means_over_processes():
     (rec_loss + g_loss).backward()
 
 
-# Two opponents -------------------------------------------------------------------------------------------------------
+# Two losses ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_each_opponent_learns_from_its_own_loss(norm):
+def test_each_network_learns_from_its_own_loss(norm):
     """One backward pass through the sum gives what two passes give, each with the other one's weights frozen."""
     torch.manual_seed(0)
     model = AutoencoderKL(8, (1, 2), 1, 2, attention=False, groups=4).double()
@@ -229,8 +231,8 @@ def test_each_opponent_learns_from_its_own_loss(norm):
         torch.testing.assert_close(terms[name], value.detach())
 
 
-def test_a_weight_of_zero_leaves_a_spectator():
-    """The autoencoder does not hear it, but it learns."""
+def test_a_weight_of_zero_leaves_the_autoencoder_alone():
+    """The autoencoder gets no gradient from the discriminator, which still learns."""
     torch.manual_seed(0)
     layer, adversary, x = nn.Conv2d(3, 3, 1), Adversary(PatchDiscriminator(8, 1), weight=0.0), torch.randn(2, 3, 16, 16)
     y = layer(x)
@@ -244,8 +246,8 @@ def test_a_negative_weight_is_refused():
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_a_critic_learns_to_tell_sharp_from_blurred(norm):
-    """From 1, where it knows nothing, to under a quarter."""
+def test_a_discriminator_learns_to_tell_sharp_from_blurred(norm):
+    """Its loss falls from 1, that of logits of 0, to under a quarter."""
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(8, 2, norm)
     x = torch.rand(16, 3, 32, 32) * 2 - 1

@@ -10,6 +10,7 @@ from torch import nn
 
 from ldm_edu.denoiser import attention as A
 from ldm_edu.errors import LDMError
+from ldm_edu.layers import group_norm
 
 SEEDS = range(6)
 
@@ -248,7 +249,7 @@ def test_geglu_and_feed_forward_equal_diffusers():
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: A.norm(48),
+        lambda: group_norm(48),
         lambda: A.AttentionBlock(64, 3),
         lambda: A.SpatialTransformer(40, 2, 20),
         lambda: A.CrossAttention(8, 4, 1, 8)(torch.randn(1, 2, 8)),

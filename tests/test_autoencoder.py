@@ -7,15 +7,9 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ldm_edu.errors import LDMError
-from ldm_edu.first_stage.autoencoder import (
-    AutoencoderKL,
-    Decoder,
-    DiagonalGaussian,
-    Encoder,
-    MiddleAttention,
-    estimate_scale,
-)
-from ldm_edu.first_stage.losses import FirstStageLoss
+from ldm_edu.first_stage import AutoencoderKL, DiagonalGaussian, FirstStageLoss, estimate_scale
+from ldm_edu.first_stage.autoencoder import Decoder, Encoder, MiddleAttention
+from ldm_edu.layers import Upsample, group_norm
 
 
 def random_config(seed: int) -> dict:
@@ -61,7 +55,7 @@ def test_gradients_reach_every_parameter():
     assert not [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
 
-def test_scaled_latents_decode_to_the_same_picture():
+def test_scaled_latents_decode_to_the_same_image():
     model = AutoencoderKL(32, (1, 2), 1, 3)
     x = torch.rand(1, 3, 16, 16)
     before, z = model.reconstruct(x), model.encode(x)
@@ -117,7 +111,7 @@ def test_attention_is_fused_and_equals_the_matrix_written_down(seed, layout):
 
 @pytest.mark.parametrize("seed", range(8))
 def test_the_half_that_may_be_cut_has_no_attention(seed):
-    """`shrink` and `grow` give the same whether or not there is attention: they run none of it."""
+    """`encode_local` and `decode_local` give the same whether or not there is attention: they run none of it."""
     config = random_config(seed) | dict(attention=True)
     model = AutoencoderKL(**config)
     x = torch.randn(1, 3, 2 * model.f, 3 * model.f)
@@ -130,3 +124,25 @@ def test_the_half_that_may_be_cut_has_no_attention(seed):
     factors = config["attention_factors"]
     assert x.shape[-1] // before.shape[-1] == min(factors, default=model.f)
     assert x.shape[-1] // h.shape[-1] == max(1, min(factors, default=2 * model.f) // 2)
+
+
+# What the first stage and the UNet share ------------------------------------------------------------------------------
+
+
+def test_group_norm_is_the_first_stages_or_the_unets():
+    x = 1e-2 * torch.randn(2, 12, 5, 7)  # so small that eps is seen
+    grouped = x.unflatten(1, (3, 4))
+    for eps in (1e-5, 1e-6):
+        layer = group_norm(12, 3) if eps == 1e-5 else group_norm(12, 3, eps=eps)
+        over = dict(dim=(2, 3, 4), keepdim=True)
+        by_hand = (grouped - grouped.mean(**over)) / (grouped.var(**over, correction=0) + eps).sqrt()
+        torch.testing.assert_close(layer(x), by_hand.flatten(1, 2))
+    with pytest.raises(LDMError, match="channels=48 cannot be split into groups=32"):
+        group_norm(48)
+
+
+def test_upsampling_repeats_and_convolves():
+    layer, x = Upsample(3), torch.randn(2, 3, 4, 5)
+    repeated = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(layer(x), torch.conv2d(repeated, layer.conv.weight, layer.conv.bias, padding=1))
+    assert set(layer.state_dict()) == {"conv.weight", "conv.bias"}

@@ -1,15 +1,18 @@
 """The command line, as a user types it."""
 
 import json
+import re
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from ldm_edu import LatentDiffusion
 from ldm_edu.checkpoints import PRETRAINED, load_notes
 from ldm_edu.cli import app
 
@@ -70,10 +73,22 @@ def test_an_unconditional_run_on_real_faces(real_data, tmp_path):
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("command", ["demo", "lab", "data", "recipes", "train", "sample"])
+@pytest.mark.parametrize("command", ["demo", "lab", "data", "recipes", "train", "sample", "evaluate", "reconstruct"])
 def test_every_command_explains_itself(command):
     result = run(command, "--help")
     assert result.exit_code == 0 and "Usage" in result.output
+
+
+def test_the_demonstration_says_where_to_go_on(tmp_path, monkeypatch):
+    """Without its training, and at one scale; the pages that it names exist."""
+    monkeypatch.setattr("ldm_edu.cli._SCALES", (1.0,))
+    monkeypatch.setattr("ldm_edu.cli.train_recipe", lambda *_, **__: LatentDiffusion.from_pretrained("toy-text2image"))
+    result = run("demo", "--steps", 1, "--device", "cpu", "--out", tmp_path / "demo.png")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "demo.png").is_file()
+    pages = [path.stem for path in Path(__file__).parents[1].glob("nbs/*/*.ipynb")]
+    named = re.findall(r"\d\d_\w+", result.output)
+    assert len(named) == 3 and set(named) <= set(pages)
 
 
 def test_scores_become_a_part_of_the_model(tmp_path):

@@ -15,7 +15,7 @@ from pycocotools import mask
 
 from ldm_edu.data.batches import batches, collate
 from ldm_edu.data.celeba import CelebA
-from ldm_edu.data.coco import COCO, coco_split, decode_outline, square_map
+from ldm_edu.data.coco import COCO, coco_split, crop_map, decode_outline
 from ldm_edu.data.folders import ImageFolder, split_by_name
 from ldm_edu.data.images import load_image, read_image, to_tensor
 from ldm_edu.data.registry import open_dataset
@@ -601,7 +601,7 @@ def test_every_real_picture_can_be_read(real_data):
 # ---- COCO's boxes and maps
 
 
-def test_square_map_takes_the_centre_of_every_pixel():
+def test_crop_map_takes_the_centre_of_every_pixel():
     rng = np.random.default_rng(0)
     for _ in range(200):
         height, width, size = (int(n) for n in rng.integers(1, 90, 3))
@@ -609,7 +609,7 @@ def test_square_map_takes_the_centre_of_every_pixel():
         side = min(width, height)
         at = [int(Fraction(2 * i + 1, 2 * size) * side) for i in range(size)]
         left, top = (width - side) // 2, (height - side) // 2
-        assert (square_map(labels, size) == labels[[[top + y] for y in at], [left + x for x in at]]).all()
+        assert (crop_map(labels, size) == labels[[[top + y] for y in at], [left + x for x in at]]).all()
 
 
 def random_polygon(rng: np.random.Generator, width: int, height: int) -> list[float]:

@@ -80,12 +80,19 @@ def test_one_channel_is_grey_and_colours_come_last():
     assert to_pil(image).size == (3, 2) and to_pil(image).getpixel((2, 1)) == (255, 128, 0)
 
 
+NO_PICTURES = [
+    *(torch.zeros(shape) for shape in [(4, 4), (4, 4, 3), (2, 4, 4), (1, 4, 8, 8), (4,)]),
+    *(torch.zeros(shape) for shape in [(0, 3, 4, 4), (1, 3, 0, 4), (1, 1, 3, 4, 4)]),
+    [],
+    [torch.zeros(1, 3, 4, 4)],
+]
+
+
 @pytest.mark.parametrize(
     "images",
-    [torch.zeros(4, 4), torch.zeros(4, 4, 3), torch.zeros(2, 4, 4), torch.zeros(1, 4, 8, 8), torch.zeros(0, 3, 4, 4),
-     torch.zeros(1, 3, 0, 4), torch.zeros(1, 1, 3, 4, 4), [], [torch.zeros(1, 3, 4, 4)], torch.zeros(4)],
+    NO_PICTURES,
     ids=lambda images: str(tuple(images.shape)) if hasattr(images, "shape") else f"list of {len(images)}",
-)  # fmt: skip
+)
 def test_what_is_no_picture_is_refused_by_name(images):
     for draw in (grid, show):
         with pytest.raises(LDMError, match="`images`"):
@@ -169,6 +176,29 @@ def test_rows_of_different_length_and_size(figures):
     assert [axes.get_ylabel() for axes in figures[0].axes if axes.get_ylabel()] == ["four", "one"]
     with pytest.raises(LDMError, match="`rows`"):
         show_rows({})
+
+
+def drawn_sizes(figure):
+    """Width and height of every image in inches, as it is drawn."""
+    figure.canvas.draw()
+    boxes = [axes.get_window_extent() for axes in figure.axes if axes.images]
+    return [(box.width / figure.dpi, box.height / figure.dpi) for box in boxes]
+
+
+@pytest.mark.parametrize("columns", [1, 2, 5])
+def test_labels_and_titles_take_no_room_from_the_images(figures, columns):
+    """Rows of square images are equally large, whatever stands beside or above them, and no gap is between them."""
+    rows = {
+        "a": some(columns, h=8, w=8),
+        "a label of some length": some(columns, h=8, w=8),
+        "": some(columns, h=9, w=9),
+    }
+    show_rows(rows, ["a title of more than one line"] * columns)
+    sizes = drawn_sizes(figures[0])
+    widths = [width for width, _ in sizes]
+    assert len(sizes) == 3 * columns and max(widths) - min(widths) < 0.03
+    assert all(abs(width - height) < 0.03 for width, height in sizes)
+    assert widths[0] > 0.85 * min(1.5, 7.5 / columns)
 
 
 def test_nothing_stays_open():
@@ -297,9 +327,13 @@ def test_a_live_explore_has_sliders_that_call(monkeypatch, figures):
     shown = []
     monkeypatch.setattr(display, "is_static", lambda: False)
     calls = []
+
+    def fn(t=3, s=0.5, kind="a", on=False, k=0):
+        calls.append((t, s, kind, on, k))
+        return some(1)[0]
+
     with patch("IPython.display.display", lambda *widgets: shown.extend(widgets)):
-        explore(lambda t=3, s=0.5, kind="a", on=False, k=0: calls.append((t, s, kind, on, k)) or some(1)[0],
-                t=(0, 9), s=(0.0, 1.0), kind=["a", "b"], on=True, k=(0, 10, 5))  # fmt: skip
+        explore(fn, t=(0, 9), s=(0.0, 1.0), kind=["a", "b"], on=True, k=(0, 10, 5))
     kinds = [ipywidgets.IntSlider, ipywidgets.FloatSlider, ipywidgets.SelectionSlider, ipywidgets.Checkbox]
     assert [type(widget) for widget in shown[:4]] == kinds and shown[4].step == 5
     assert calls == [(3, 0.5, "a", False, 0)]

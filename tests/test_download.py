@@ -26,19 +26,19 @@ from ldm_edu.data.download import (
     COCO_FILES,
     TERMS,
     Remote,
-    accept,
-    accepted,
+    accept_terms,
     celeba_files,
     checksum,
     coco_files,
-    cut_annotations,
-    cut_list,
+    dataset_folder,
     download_celeba,
     download_coco,
+    fair_order,
     fetch,
     fetch_all,
-    home,
-    spread,
+    subset_annotations,
+    subset_list,
+    terms_accepted,
     unpack,
 )
 from ldm_edu.data.folders import split_by_name
@@ -501,21 +501,21 @@ def test_damaged_archives_are_refused_or_unpacked_right(tmp_path):
 
 def test_every_beginning_of_the_order_is_a_fair_sample():
     groups = {f"{i:06d}.jpg": "train" if i <= 1628 else "validation" if i <= 1827 else "test" for i in range(1, 2027)}
-    order, sizes = spread(groups), Counter(groups.values())
-    assert sorted(order) == sorted(groups) and order == spread(dict(reversed(groups.items())))
+    order, sizes = fair_order(groups), Counter(groups.values())
+    assert sorted(order) == sorted(groups) and order == fair_order(dict(reversed(groups.items())))
     counts = Counter()
     for m, name in enumerate(order, 1):
         counts[groups[name]] += 1
         assert all(abs(counts[s] - m * sizes[s] / len(groups)) <= 2 for s in sizes)
     assert set(map(groups.get, order[:6])) == {"train", "validation", "test"}
-    assert order[:100] != sorted(order[:100]) and spread({}) == []
+    assert order[:100] != sorted(order[:100]) and fair_order({}) == []
 
 
 def test_lists_are_cut_line_by_line():
     text = "3\r\nSmiling Hat\r\n1.jpg -1  1\r\n2.jpg  1  1\r\n3.jpg -1 -1\r\n"
-    assert cut_list(text, ["3.jpg", "1.jpg"]) == "2\r\nSmiling Hat\r\n1.jpg -1  1\r\n3.jpg -1 -1\r\n"
-    assert cut_list(text, ["1.jpg", "2.jpg", "3.jpg"]) == text
-    assert cut_list("1.jpg 0\n2.jpg 1", ["2.jpg"]) == "2.jpg 1" and cut_list("", []) == ""
+    assert subset_list(text, ["3.jpg", "1.jpg"]) == "2\r\nSmiling Hat\r\n1.jpg -1  1\r\n3.jpg -1 -1\r\n"
+    assert subset_list(text, ["1.jpg", "2.jpg", "3.jpg"]) == text
+    assert subset_list("1.jpg 0\n2.jpg 1", ["2.jpg"]) == "2.jpg 1" and subset_list("", []) == ""
 
 
 # --- CelebA ---
@@ -646,7 +646,7 @@ def test_files_put_there_by_hand_are_checked_and_used(server, celeba, tmp_path):
 def test_what_is_not_ours_is_not_touched(server, celeba, tmp_path):
     root = tmp_path / "celeba"
     (root / "img_align_celeba").mkdir(parents=True)
-    chosen = cut_list(ATTRIBUTES, ["000001.jpg", "000005.jpg"])
+    chosen = subset_list(ATTRIBUTES, ["000001.jpg", "000005.jpg"])
     (root / "list_attr_celeba.txt").write_text(chosen)
     for name in ("000001.jpg", "000005.jpg"):
         (root / "img_align_celeba" / name).write_bytes(b"retouched")
@@ -801,7 +801,7 @@ def test_panoptic_maps_come_later_or_at_once(server, coco, tmp_path):
 
 
 def test_a_photo_that_is_gone_leads_to_the_archive_by_hand(server, coco, tmp_path):
-    del server.files["/val2017/" + spread({name: split_by_name(name) for name in PHOTOS})[3]]
+    del server.files["/val2017/" + fair_order({name: split_by_name(name) for name in PHOTOS})[3]]
     with pytest.raises(DownloadError) as caught:
         download_coco(tmp_path, n=10, files=coco)
     assert "404" in str(caught.value) and "val2017.zip" in str(caught.value) and "--subset 10" in str(caught.value)
@@ -878,19 +878,23 @@ def test_real_pictures_arrive_as_they_are(real_data, server, tmp_path):
 
 
 def test_terms_are_accepted_once_for_each_folder(tmp_path, monkeypatch):
-    assert not accepted("celeba", tmp_path)
-    accept("celeba", tmp_path)
-    assert accepted("celeba", tmp_path) and not accepted("celeba", tmp_path / "b") and not accepted("coco", tmp_path)
+    assert not terms_accepted("celeba", tmp_path)
+    accept_terms("celeba", tmp_path)
+    assert (
+        terms_accepted("celeba", tmp_path)
+        and not terms_accepted("celeba", tmp_path / "b")
+        and not terms_accepted("coco", tmp_path)
+    )
     monkeypatch.setitem(TERMS, "celeba", "new terms")
-    assert not accepted("celeba", tmp_path)
+    assert not terms_accepted("celeba", tmp_path)
 
 
 def test_home_is_where_the_data_set_lies(tmp_path):
-    assert home("celeba", tmp_path) == tmp_path / "celeba"
+    assert dataset_folder("celeba", tmp_path) == tmp_path / "celeba"
     (tmp_path / "img_align_celeba").mkdir()
-    assert home("celeba", tmp_path) == tmp_path
+    assert dataset_folder("celeba", tmp_path) == tmp_path
     with pytest.raises(DownloadError, match="celeba, coco"):
-        home("imagenet", tmp_path)
+        dataset_folder("imagenet", tmp_path)
 
 
 def test_checksums_are_of_the_content(tmp_path):
@@ -901,7 +905,7 @@ def test_checksums_are_of_the_content(tmp_path):
 
 def test_annotations_of_nothing():
     nothing = {"images": [], "annotations": [], "info": 1}
-    assert cut_annotations(nothing, ["a"]) == nothing
+    assert subset_annotations(nothing, ["a"]) == nothing
 
 
 # --- the command ---

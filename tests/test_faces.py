@@ -12,21 +12,40 @@ from ldm_edu.data.toy.faces import (
     CHOICES,
     FACE_ATTRIBUTES,
     FACE_SEGMENTS,
+    HAIR_COLOURS,
     LAYERS,
     RANGES,
+    SKIN,
     Face,
+    Light,
     blank,
     box,
+    bump,
     coverage,
     disc,
+    dome,
     draw_face,
     draw_layers,
     ellipse,
     face_truth,
-    pixel_middles,
+    head_outline,
+    inflate,
+    intersection,
+    light_of,
+    pack_faces,
+    pixel_centres,
     pixel_sine,
+    relief,
     render_faces,
+    rgb,
+    shade,
+    skin_colour,
+    slopes,
     smooth_union,
+    smoothstep,
+    strands,
+    stroke,
+    turn_egg,
     under,
     union,
 )
@@ -72,7 +91,7 @@ def test_rounded_corners_leave_the_sides_where_they_are_and_cut_the_corner():
 
 @pytest.mark.parametrize("rx, ry", [(0.8, 0.4), (0.5, 0.9), (1.25, 0.14)])
 def test_ellipse_has_the_right_sign_everywhere_and_the_right_size_near_its_outline(rx, ry):
-    x, y = (v.flatten() for v in pixel_middles(150))
+    x, y = (v.flatten() for v in pixel_centres(150))
     d = ellipse(x, y, rx, ry)
     assert torch.equal(d < 0, (x / rx) ** 2 + (y / ry) ** 2 < 1)
     a = torch.linspace(0, 2 * math.pi, 4000)
@@ -81,13 +100,37 @@ def test_ellipse_has_the_right_sign_everywhere_and_the_right_size_near_its_outli
     assert (d.abs()[near] - exact[near]).abs().max() < 0.004
 
 
+def gradient_length(shape, n: int = 64) -> torch.Tensor:
+    """Length of the gradient of a shape's function at the centres of n x n pixels."""
+    x, y = (v.requires_grad_() for v in pixel_centres(n))
+    gx, gy = torch.autograd.grad(shape(x, y).sum(), (x, y))
+    return (gx**2 + gy**2).sqrt()
+
+
+def test_the_gradient_of_a_distance_has_length_one():
+    for shape in (lambda x, y: disc(x, y, 0.5), lambda x, y: box(x, y, 0.6, 0.3, 0.1)):
+        torch.testing.assert_close(gradient_length(shape), torch.ones(64, 64))
+    x, y = pixel_centres(64)
+    near = ellipse(x, y, 0.8, 0.4).abs() < 0.02
+    assert (gradient_length(lambda x, y: ellipse(x, y, 0.8, 0.4))[near] - 1).abs().max() < 0.08
+    torch.testing.assert_close(under(y, x**2, 2 * x), (y - x**2) / gradient_length(lambda x, y: y - x**2))
+
+
+def test_minimum_maximum_and_minus_combine_shapes():
+    x, y = pixel_centres(64)
+    a, b = disc(x + 0.2, y, 0.5), box(x - 0.3, y, 0.4, 0.3)
+    assert torch.equal(intersection(a, b) < 0, (a < 0) & (b < 0))
+    assert torch.equal(union(a, b) < 0, (a < 0) | (b < 0))
+    assert torch.equal(stroke(a, 0.05) < 0, (a > -0.05) & (a < 0.05))
+
+
 def test_under_a_straight_line_is_exact():
-    x, y = pixel_middles(20)
+    x, y = pixel_centres(20)
     torch.testing.assert_close(under(y, 0.75 * x, 0.75), (y - 0.75 * x) / 1.25)
 
 
 def test_smooth_union_never_goes_above_the_union_nor_further_below_than_a_quarter_of_its_seam():
-    x, y = pixel_middles(50)
+    x, y = pixel_centres(50)
     a, b = disc(x + 0.3, y, 0.4), box(x - 0.3, y, 0.3, 0.5)
     gain = union(a, b) - smooth_union(a, b, 0.2)
     assert gain.min() >= 0 and gain.max() <= 0.05 + 1e-6
@@ -97,10 +140,61 @@ def test_smooth_union_never_goes_above_the_union_nor_further_below_than_a_quarte
 def test_a_soft_edge_is_right_to_a_sixteenth_of_a_pixel(size):
     k = 2000 // size  # samples along each side of a pixel
     for dx in (0.0, 0.013, 0.2):
-        x, y = pixel_middles(size * k)
+        x, y = pixel_centres(size * k)
         exact = F.avg_pool2d((disc(x - dx, y, 0.6) < 0).float()[None], k)[0]
-        x, y = pixel_middles(size)
+        x, y = pixel_centres(size)
         assert (coverage(disc(x - dx, y, 0.6), 2 / size) - exact).abs().max() < 1 / 16
+
+
+# ---- light, texture and turning
+
+
+def test_slopes_of_a_half_sphere_give_its_normals():
+    n = 200
+    x, y = pixel_centres(n)
+    h = (1 - x**2 - y**2).clamp(min=0).sqrt()
+    h_x, h_y = (slope[0, 0] for slope in slopes(h[None, None], 2 / n))
+    normal = torch.stack([-h_x, -h_y, torch.ones(n, n)]) / (1 + h_x**2 + h_y**2).sqrt()
+    inside = x**2 + y**2 < 0.9
+    torch.testing.assert_close(normal[:, inside], torch.stack([x, y, h])[:, inside], atol=2e-3, rtol=0)
+
+
+def test_light_on_a_flat_surface_is_the_formula():
+    s = torch.tensor([0.48, 0.6, 0.64])
+    light = Light(s.reshape(1, 3, 1, 1), torch.full((1, 3, 1, 1), 0.7), torch.full((1, 3, 1, 1), 0.3))
+    m = (s + torch.tensor([0.0, 0, 1])) / (s + torch.tensor([0.0, 0, 1])).norm()
+    expected = 0.5 * (0.3 + 0.7 * s[2]) + 0.2 * 0.7 * m[2] ** 16
+    seen = shade(rgb(0.5, 0.5, 0.5), torch.zeros(1, 1, 2, 2), 1.0, light, gloss=0.2)
+    torch.testing.assert_close(seen, expected.expand(1, 3, 2, 2))
+
+
+def test_heights():
+    """A disc inflated by its own radius is a half sphere, which is also a dome; a bump is 1 / e at its radius."""
+    x, y = pixel_centres(200)
+    d = disc(x, y, 0.8)
+    h, inside = inflate(d, 0.8), d < -0.02
+    torch.testing.assert_close((x**2 + y**2 + h**2)[inside], torch.full_like(h[inside], 0.64))
+    torch.testing.assert_close(h[inside], 0.8 * dome(x, y, 0.8, 0.8)[inside])
+    torch.testing.assert_close(bump(torch.tensor(0.3), torch.tensor(0.0), 0.3, 1), torch.tensor(1.0).exp() ** -1)
+    torch.testing.assert_close(smoothstep(torch.tensor([1.0, 2, 3]), 1.0, 3.0), torch.tensor([0, 0.5, 1]))
+
+
+def test_a_small_turn_is_a_rotation_up_to_the_square_of_its_angle():
+    x, y = pixel_centres(64)
+    theta = torch.tensor(0.1)
+    z = (1 - (x / 0.85) ** 2 - (y / 1.05) ** 2).clamp(min=0)
+    rotated = x * theta.cos() - z * theta.sin()
+    assert (turn_egg(x, y, theta.sin(), 0)[0] - rotated).abs().max() <= theta**2 / 2
+    centre_and_edge = torch.tensor([0.0, 0.85]), torch.zeros(2)
+    torch.testing.assert_close(turn_egg(*centre_and_edge, 0.2, 0.1)[0], torch.tensor([-0.2, 0.85]))
+
+
+def test_strands_fade_with_the_size_of_a_pixel():
+    def patch(size: int) -> torch.Tensor:
+        d = blank([Face(hair="red")], size)
+        return strands(d, *d.body, 0.5)
+
+    assert patch(128).abs().max() < 1.2 and patch(128).std() > 3 * patch(12).std()
 
 
 def test_a_sine_over_a_pixel_is_its_mean_and_vanishes_where_a_pixel_holds_a_wave():
@@ -131,8 +225,7 @@ def test_a_number_outside_of_its_range_is_refused_with_the_range(trait):
         assert render_faces([Face(**{trait: float(right)})], 16).isfinite().all()
 
 
-def test_errors_are_the_course_s_own():
-    assert issubclass(LDMError, LDMError)
+def test_an_image_that_cannot_be_drawn_is_refused():
     with pytest.raises(LDMError, match="`size`"):
         render_faces([Face()], 1)
     with pytest.raises(LDMError, match="`chunk`"):
@@ -290,6 +383,57 @@ def test_every_kind_looks_different(trait):
 
 
 # ---- how it is drawn
+
+
+def test_traits_as_tensors():
+    traits = pack_faces([Face(hair="red"), Face(smile=0.5, style="long")])
+    assert traits.smile.flatten().tolist() == [0, 0.5] and traits.length.flatten().tolist() == [0, 1.75]
+    assert traits.hair.shape == (2, 3, 1, 1) and traits.light.shape == (2, 1, 1, 1)
+    torch.testing.assert_close(light_of(traits).sun.norm(dim=1), torch.ones(2, 1, 1))
+    assert np.allclose([skin_colour(tone) for tone in (0.0, 0.2, 1.0)], [SKIN[0], SKIN[1], SKIN[-1]])
+
+
+def test_paint_and_only_touch_what_they_are_asked_to():
+    d = blank([Face(hair="red"), Face(hair="red", hat="cap")], 32)
+    d.only(lambda face: face.hat == "cap", lambda part: part.paint(disc(*part.head, 0.8), part.traits.hair, "hat"))
+    assert d.colour[0].sum() == 0 and d.segment[0].sum() == 0
+    torch.testing.assert_close(d.colour[1, :, 16, 16], torch.tensor(HAIR_COLOURS["red"]))
+    assert set(d.segment[1].flatten().tolist()) == {0, segment("hat")}
+    assert d.flag(lambda face: face.hat == "cap").flatten().tolist() == [0, 1]
+
+
+def test_heads_are_wider_with_a_wider_jaw_and_brighter_on_the_side_of_the_light():
+    inside = (head_outline(blank([Face(jaw=jaw) for jaw in (0.0, 0.5, 1.0)], 120)) < 0).sum((1, 2, 3))
+    assert inside[0] < inside[1] < inside[2]
+    height = relief(blank([Face()], 120))
+    assert height[0, 0, 82, 60] > height[0, 0, 82, 48] + 0.05  # the nose stands above the cheek beside it
+    left, right = render_faces([Face(light=-1.0), Face(light=1.0)], 120)[..., 50:70, :].chunk(2, -1)
+    assert left[0].mean() > right[0].mean() and right[1].mean() > left[1].mean()
+
+
+SITTER = Face(style="tucked", smile=0.8, mouth=0.6, mustache=True, glasses="round", earrings="hoops", hat="brim")
+ADDS = {
+    "back_hair": {"hair"},
+    "body": {"skin", "clothes"},
+    "ears": {"skin", "earrings"},
+    "head": {"skin"},
+    "eyes": {"eyes"},
+    "brows": {"brows"},
+    "mouth": {"mouth"},
+    "beard": {"beard"},
+    "glasses": {"glasses"},
+    "hair": {"hair"},
+    "hat": {"hat"},
+}
+
+
+def test_a_layer_adds_its_own_segments_and_no_others():
+    d = blank([SITTER], 128)
+    for layer in LAYERS:
+        before = d.segment.clone()
+        layer(d)
+        added = {FACE_SEGMENTS[k] for k in d.segment[d.segment != before].tolist()}
+        assert added == ADDS.get(layer.__name__.removeprefix("paint_"), set())
 
 
 def test_layers_change_only_what_they_are_for():

@@ -160,13 +160,15 @@ def test_the_same_thing_twice_must_be_there_twice():
 def test_accuracy_counts_prompts_things_and_relations_apart(monkeypatch):
     texts = ["a small red sphere left of a big blue cube", "a big green cylinder"]
     reader = SceneReader((8, 8, 8))
-    found = [[Thing("sphere", "red", "small", -1.0, 0.0), Thing("cube", "white", "large", 1.0, 0.0)],
-             [Thing("cylinder", "green", "large", 0.0, 0.0), Thing("cube", "red", "small", 1.0, 0.0)]]  # fmt: skip
+    found = [
+        [Thing("sphere", "red", "small", -1.0, 0.0), Thing("cube", "white", "large", 1.0, 0.0)],
+        [Thing("cylinder", "green", "large", 0.0, 0.0), Thing("cube", "red", "small", 1.0, 0.0)],
+    ]
     monkeypatch.setattr(reader, "read", lambda images: found)
     score = prompt_accuracy(torch.zeros(2, 3, 64, 64), texts, reader)
     assert isinstance(score, PromptAccuracy)
-    counted = {name: (getattr(score, name).right, getattr(score, name).n)
-               for name in ("prompts", "exact", "things", "relations")}  # fmt: skip
+    shares = {name: getattr(score, name) for name in ("prompts", "exact", "things", "relations")}
+    counted = {name: (share.right, share.n) for name, share in shares.items()}
     assert counted == {"prompts": (1, 2), "exact": (0, 2), "things": (2, 3), "relations": (0, 1)}
     assert "not measured" in str(score)  # this judge has no scores of its own, and that is said
 

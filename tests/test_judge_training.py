@@ -141,15 +141,15 @@ def test_naming_counts_presence_and_absence_apart():
     scenes = [ToyCOCO("test").describe(i)[0] for i in range(30)]
     things = torch.cat([thing_targets(scenes), torch.zeros(30, 48)])
     attributes = torch.cat([torch.zeros(30, 4), (torch.rand(30, 4) > 0.5).float()])
-    batch = {"image": torch.zeros(60, 3, 64, 64), "things": things, "attributes": attributes,
-             "scene": torch.cat([torch.ones(30), torch.zeros(30)])}  # fmt: skip
+    batch = {"image": torch.zeros(60, 3, 64, 64), "things": things, "attributes": attributes}
+    batch["scene"] = torch.cat([torch.ones(30), torch.zeros(30)])
     right = {"things": things * 2 - 1, "attributes": attributes * 2 - 1}
     nothing = {"things": -torch.ones_like(things), "attributes": -torch.ones_like(attributes)}
     assert balanced_accuracy(Known(right), batch) == {"things": 1.0, "attributes": 1.0}
     assert balanced_accuracy(Known(nothing), batch) == {"things": 0.5, "attributes": 0.5}
 
 
-def test_cook_finds_the_right_pot(tmp_path):
+def test_train_goes_by_the_kind_of_the_recipe(tmp_path):
     features = train(tiny(TOY_FEATURES, 1), tmp_path / "features", device="cpu")
     assert isinstance(features, ToyFeatures) and features.provenance["recipe"]["kind"] == "toy features"
     demo = find_recipe("toy-demo").shortened(1)

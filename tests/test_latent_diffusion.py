@@ -89,6 +89,17 @@ def test_what_is_sampled_is_a_latent_that_is_decoded(kind):
     torch.testing.assert_close(images, expected.clamp(-1, 1), rtol=0, atol=1e-4)
 
 
+def test_a_model_saved_by_version_0_1_0_opens(tmp_path):
+    """It wrote the provenance under another name."""
+    model = small()
+    model.provenance = {"recipe": "none"}
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["made"] = config.pop("provenance")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert LatentDiffusion.from_pretrained(tmp_path).provenance == {"recipe": "none"}
+
+
 def test_half_precision_on_disk_is_close(tmp_path):
     model = small()
     model.save_pretrained(tmp_path, half=True)

@@ -9,9 +9,8 @@ from torch import Tensor
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.features import ToyFeatures
 from ldm_edu.evaluation.metrics import LPIPS
-from ldm_edu.first_stage.autoencoder import AutoencoderKL, DiagonalGaussian
-from ldm_edu.first_stage.losses import FirstStageLoss, kl_loss, reconstruction_loss
-from ldm_edu.first_stage.quantization import AutoencoderVQ, VectorQuantizer
+from ldm_edu.first_stage import AutoencoderKL, AutoencoderVQ, DiagonalGaussian, FirstStageLoss, VectorQuantizer
+from ldm_edu.first_stage.losses import PerceptualDistance, kl_loss, reconstruction_loss
 
 
 def pair(b: int = 3, side: int = 16) -> tuple[Tensor, Tensor]:
@@ -49,7 +48,7 @@ def same(a: Tensor, b: Tensor) -> None:
 
 
 @pytest.mark.parametrize("l2_weight", [0.0, 1.0, 5.0])
-def test_reconstruction_is_a_sum_over_a_picture_and_a_mean_over_the_batch(l2_weight):
+def test_reconstruction_is_a_sum_over_an_image_and_a_mean_over_the_batch(l2_weight):
     x, y = pair()
     by_hand = 0.0
     for one, other in zip(x.flatten(1).tolist(), y.flatten(1).tolist()):
@@ -90,7 +89,7 @@ def test_kl_is_what_the_released_code_computes(weight):
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_vq_is_what_the_released_code_computes(legacy):
-    """Means over everything; β = 0.25 on one of the two pulls, which are equal in value."""
+    """Means over everything; β = 0.25 on one of codebook loss and commitment loss, which are equal in value."""
     (x, y), (quantized, z, entries) = pair(), codebook(legacy=legacy)
     every = (x - y).abs() + far(x, y)[:, None, None, None]
     expected = every.mean() + 1.25 * ((entries - z) ** 2).mean()
@@ -104,14 +103,14 @@ def test_all_terms_together(means):
     (x, y), posterior, (quantized, z, entries) = pair(), gaussian(), codebook()
     loss = FirstStageLoss(0.03, 2.0, far, 0.4, 0.7, means)
     over = (lambda value: value.mean()) if means else (lambda value: value.sum() / len(x))
-    near = over((x - y).abs() + 2.0 * (x - y) ** 2 + 0.4 * far(x, y)[:, None, None, None])
+    rec_loss = over((x - y).abs() + 2.0 * (x - y) ** 2 + 0.4 * far(x, y)[:, None, None, None])
     kl = over(0.5 * (posterior.mean**2 + posterior.std**2 - 1 - 2 * posterior.std.log()))
-    same(loss(x, y, posterior)[0], near + 0.03 * kl)
-    same(loss(x, y, quantized)[0], near + 0.7 * over(1.25 * (entries - z) ** 2))
+    same(loss(x, y, posterior)[0], rec_loss + 0.03 * kl)
+    same(loss(x, y, quantized)[0], rec_loss + 0.7 * over(1.25 * (entries - z) ** 2))
 
 
 @pytest.mark.parametrize("means", [False, True])
-def test_a_batch_costs_what_its_pictures_cost_on_average(means):
+def test_a_batch_costs_what_its_images_cost_on_average(means):
     """Or the same λ would say something else at another batch size."""
     (x, y), posterior, loss = pair(), gaussian(), FirstStageLoss(0.1, 1.0, far, 0.5, means=means)
     alone = [
@@ -121,7 +120,7 @@ def test_a_batch_costs_what_its_pictures_cost_on_average(means):
     same(loss(x, y, posterior)[0], torch.stack(alone).mean())
 
 
-# What is told, and what is asked for ---------------------------------------------------------------------------------
+# The log, and what is asked for -------------------------------------------------------------------------------------
 
 
 def test_terms_are_detached_and_what_they_say():
@@ -148,11 +147,11 @@ def test_negative_weights_are_refused_by_name(name):
 
 
 @pytest.mark.parametrize("means", [False, True])
-def test_an_adversary_is_asked_about_nearness_and_its_share_is_added(means):
-    (x, y), posterior, heard = pair(), gaussian(), []
+def test_an_adversary_is_given_rec_loss_and_its_terms_are_added(means):
+    (x, y), posterior, calls = pair(), gaussian(), []
 
     def adversary(*args):
-        heard.append(args)
+        calls.append(args)
         return torch.tensor(7.0), {"d_loss": torch.tensor(2.0)}
 
     loss = FirstStageLoss(0.1, 1.0, far, means=means)
@@ -160,9 +159,9 @@ def test_an_adversary_is_asked_about_nearness_and_its_share_is_added(means):
     with_one, more = loss(x, y, posterior, adversary)
     same(with_one, without + 7.0)
     assert list(more) == [*terms, "d_loss"] and more["d_loss"] == 2.0
-    ((near, pictures, reconstruction),) = heard
-    same(near, loss.rec_loss(x, y)[0])
-    assert pictures is x and reconstruction is y
+    ((rec_loss, images, reconstruction),) = calls
+    same(rec_loss, loss.rec_loss(x, y)[0])
+    assert images is x and reconstruction is y
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------
@@ -173,7 +172,7 @@ def perceptual(request):
     """A distance that a first stage may be trained with."""
     if request.param == "toy-features":
         return ToyFeatures.from_pretrained("toy-features").requires_grad_(False).distance
-    return LPIPS(request.param, request.getfixturevalue("lpips_weights"), download=False)
+    return LPIPS(request.param, request.getfixturevalue("lpips_weights"), download=False).distance
 
 
 def small(kind):
@@ -192,8 +191,8 @@ def test_the_perceptual_term_alone_reaches_the_decoder_and_the_encoder(perceptua
     def gradients(loss):
         return torch.autograd.grad(loss(*model(x, noise)), first)
 
-    blind, seeing = (FirstStageLoss(perceptual=perceptual, perceptual_weight=w) for w in (0.0, 20.0))
-    without, together = (gradients(lambda y, r, loss=loss: loss(x, y, r)[0]) for loss in (blind, seeing))
+    unused, used = (FirstStageLoss(perceptual=perceptual, perceptual_weight=w) for w in (0.0, 20.0))
+    without, together = (gradients(lambda y, r, loss=loss: loss(x, y, r)[0]) for loss in (unused, used))
     alone = gradients(lambda y, _: 20.0 * 3 * 32 * 32 * perceptual(x, y).mean())
     for a, b, c in zip(without, together, alone):
         assert c.norm() > 0.1 * a.norm() > 0
@@ -205,4 +204,5 @@ def test_the_features_are_not_trained(perceptual):
     y.requires_grad_(True)
     FirstStageLoss(perceptual=perceptual)(x, y, gaussian(1))[0].backward()
     assert y.grad.norm() > 0
-    assert not any(weight.requires_grad for weight in getattr(perceptual, "__self__", perceptual).parameters())
+    assert not any(weight.requires_grad for weight in perceptual.__self__.parameters())
+    assert isinstance(perceptual, PerceptualDistance)

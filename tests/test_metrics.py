@@ -280,7 +280,7 @@ def alex(tmp_path_factory) -> LPIPS:
 
 def test_lpips_is_zero_for_identical_pictures_symmetric_and_one_by_one(alex):
     x, y = pictures(3, 3, 48, 40), pictures(3, 3, 48, 40, seed=1)
-    assert torch.equal(alex(x, x), torch.zeros(3))
+    assert torch.equal(alex(x, x), torch.zeros(3)) and torch.equal(alex(x, y), alex.distance(x, y))
     torch.testing.assert_close(alex(x, y), alex(y, x))
     torch.testing.assert_close(alex(x, y), torch.cat([alex(x[i : i + 1], y[i : i + 1]) for i in range(3)]))
 
@@ -298,8 +298,10 @@ def test_lpips_learns_nothing_and_leaves_the_random_stream_alone(tmp_path):
 
 
 def test_lpips_gradient_is_finite_where_features_are_all_zero(tmp_path):
-    silent = {name: torch.full_like(value, -1.0) if name.endswith("bias") else 0 * value
-              for name, value in backbone_weights("alex", random_backbone("alex", tmp_path)).items()}
+    silent = {
+        name: torch.full_like(value, -1.0) if name.endswith("bias") else 0 * value
+        for name, value in backbone_weights("alex", random_backbone("alex", tmp_path)).items()
+    }
     save_tensors(silent, tmp_path / BACKBONES["alex"].file)
     guess = pictures(1, 3, 40, 40).requires_grad_()
     LPIPS("alex", tmp_path)(guess, pictures(1, 3, 40, 40, seed=1)).sum().backward()
@@ -342,7 +344,7 @@ def no_cache(tmp_path, monkeypatch) -> Path:
 
 def test_channel_weights_are_non_negative_and_fit_their_layers():
     for net, backbone in BACKBONES.items():
-        widths = [backbone.build()[i - 1].out_channels for i in backbone.heard]
+        widths = [backbone.build()[i - 1].out_channels for i in backbone.taps]
         weights = linear_weights(net)
         assert [len(w) for w in weights] == widths and all((w >= 0).all() for w in weights)
 
@@ -428,9 +430,9 @@ def test_half_precision_weights_become_single(tmp_path):
     assert {p.dtype for p in half.parameters()} == {torch.float32}
 
 
-def test_importing_metrics_loads_neither_lpips_nor_torchvision(root):
-    heavy = ["lpips", "torchvision", "torchmetrics"]
-    code = f"import sys, ldm_edu.evaluation.metrics; print([name for name in {heavy} if name in sys.modules])"
+def test_importing_the_room_loads_neither_lpips_nor_torchvision(root):
+    heavy = ["lpips", "torchvision", "torchmetrics", "transformers", "matplotlib.pyplot"]
+    code = f"import sys, ldm_edu.evaluation; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from small_runs import Child, cook, of_stages, tiny, tiny_autoencoder, weights
+from small_runs import Child, of_stages, tiny, tiny_autoencoder, train_tiny, weights
 
 import ldm_edu.training.stages as training
 from ldm_edu.checkpoints import load_notes
@@ -25,36 +25,43 @@ if __name__ == "__main__":
 """
 
 
-def cook_and_tell(folder: str, **training_options) -> None:
+def train_and_record(folder: str, **training_options) -> None:
     """Twenty steps of both stages in float64; writes down which samples this process has drawn noise for."""
     from pathlib import Path
 
-    whole, told, rank = training.step_randomness, [], os.environ.get("RANK", "0")
+    whole, seen, rank = training.step_randomness, [], os.environ.get("RANK", "0")
 
-    def draws(seed, step, indices, *args):
-        told.append([seed, step, list(indices)])
+    def recorded(seed, step, indices, *args):
+        seen.append([seed, step, list(indices)])
         return whole(seed, step, indices, *args)
 
-    training.step_randomness = draws
-    cook(Path(folder), of_stages(tiny(20), **training_options), precision="fp64", every=20, sample_every=0, save_every=1e9)
-    Path(f"{folder}.{rank}.json").write_text(json.dumps(told))
+    training.step_randomness = recorded
+    train_tiny(
+        Path(folder),
+        of_stages(tiny(20), **training_options),
+        precision="fp64",
+        every=20,
+        sample_every=0,
+        save_every=1e9,
+    )
+    Path(f"{folder}.{rank}.json").write_text(json.dumps(seen))
 
 
-def cook_in_pieces(folder: str) -> None:
-    cook_and_tell(folder, accumulate=4)
+def train_in_micro_batches(folder: str) -> None:
+    train_and_record(folder, accumulate=4)
 
 
-def cook_autoencoder(folder: str) -> None:
-    """Ten steps of a first stage with codebook and discriminator, in float64; the discriminator plays in the last six."""
+def train_tiny_autoencoder(folder: str) -> None:
+    """Ten steps of a first stage with codebook and discriminator, in float64; the latter from step 4 on."""
     from pathlib import Path
 
-    cook(Path(folder), tiny_autoencoder(10, start=4), precision="fp64", every=10, sample_every=0, save_every=1e9)
+    train_tiny(Path(folder), tiny_autoencoder(10, start=4), precision="fp64", every=10, sample_every=0, save_every=1e9)
 
 
 def in_one(do, folder) -> None:
     """In a process of its own."""
     child = Child(do, str(folder), output=folder.parent / "output")
-    assert child.wait(600) == 0, child.said()
+    assert child.wait(600) == 0, child.text()
 
 
 def in_two(do, folder) -> None:
@@ -77,7 +84,7 @@ def in_two(do, folder) -> None:
 def alone(tmp_path_factory):
     """The folder of a run in one process."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    in_one(cook_and_tell, folder)
+    in_one(train_and_record, folder)
     return folder
 
 
@@ -91,32 +98,32 @@ def furthest(a, b) -> float:
 def test_two_processes_give_the_weights_of_one(alone, tmp_path):
     """Both stages, their averages and the optimiser's memory; each process has computed half of every batch."""
     folder = tmp_path / "run"
-    in_two(cook_and_tell, folder)
+    in_two(train_and_record, folder)
     assert furthest(alone, folder) < 1e-8 and (folder / "diffusion.safetensors").exists()
     shares = [json.loads((tmp_path / f"run.{rank}.json").read_text()) for rank in (0, 1)]
     for seed in (0, 1):  # of the first stage and of the diffusion model
         for step in range(20):
-            (mine,), (theirs,) = (
+            (ours,), (theirs,) = (
                 [i for s, k, i in share if (s, k) == (seed, step) and len(i) == 2] for share in shares
             )
             batch = batch_indices(seed, step, 4, 24)
-            assert sorted(mine + theirs) == sorted(batch) and mine == batch[::2]
+            assert sorted(ours + theirs) == sorted(batch) and ours == batch[::2]
     (a, b) = ([json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()] for run in (alone, folder))
-    for one, other in zip(a, b, strict=True):  # the log speaks of whole batches, too
+    for one, other in zip(a, b, strict=True):  # the log has the loss of whole batches, too
         assert one["step"] == other["step"] and one["loss"] == pytest.approx(other["loss"], rel=1e-10)
 
 
-def test_two_processes_agree_on_a_critic(tmp_path):
+def test_two_processes_agree_on_a_discriminator(tmp_path):
     """λ is that of the whole batch, so the weights of both clip_groups are those of one process. Half of the batch has
     another λ: that is seen where the gradients are not averaged."""
-    in_one(cook_autoencoder, tmp_path / "one")
-    in_two(cook_autoencoder, tmp_path / "two")
+    in_one(train_tiny_autoencoder, tmp_path / "one")
+    in_two(train_tiny_autoencoder, tmp_path / "two")
     assert furthest(tmp_path / "one", tmp_path / "two") < 1e-8
 
 
-def test_a_batch_in_pieces_gives_the_same_weights(alone, tmp_path):
+def test_a_batch_in_micro_batches_gives_the_same_weights(alone, tmp_path):
     folder = tmp_path / "run"
-    in_one(cook_in_pieces, folder)
+    in_one(train_in_micro_batches, folder)
     assert furthest(alone, folder) < 1e-10
 
 
@@ -127,30 +134,32 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def cook_as_one_of_two(folder, rank: int, port: int, recipe) -> None:
+def train_as_one_of_two(folder, rank: int, port: int, recipe) -> None:
     """What `accelerate launch` would tell a process, and then a run of far too many steps."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    cook(folder, recipe, save_every=1e9)
+    train_tiny(folder, recipe, save_every=1e9)
 
 
 def test_one_signal_stops_both(tmp_path):
     """Ctrl-C, to the one that does not save; the other one saves."""
     folder, port = tmp_path / "run", free_port()
     pair = [
-        Child(cook_as_one_of_two, folder, rank, port, tiny(2000), output=tmp_path / f"output{rank}") for rank in (0, 1)
+        Child(train_as_one_of_two, folder, rank, port, tiny(2000), output=tmp_path / f"output{rank}") for rank in (0, 1)
     ]
     pair[0].wait_until(lambda: (folder / "log.jsonl").exists())
     pair[1].signal(signal.SIGINT)
     for child in pair:
-        assert child.wait() == 1 and "first_stage stopped after step" in child.said(), child.said()
+        assert child.wait() == 1 and "first_stage stopped after step" in child.text(), child.text()
     assert int(load_notes(folder / "first_stage.safetensors")["step"]) >= 3
 
 
 def test_two_processes_refuse_a_batch_that_they_cannot_share(tmp_path):
     folder, port = tmp_path / "run", free_port()
     recipe = tiny(batch_size=3)
-    pair = [Child(cook_as_one_of_two, folder, rank, port, recipe, output=tmp_path / f"output{rank}") for rank in (0, 1)]
+    pair = [
+        Child(train_as_one_of_two, folder, rank, port, recipe, output=tmp_path / f"output{rank}") for rank in (0, 1)
+    ]
     for child in pair:
-        assert child.wait() == 1 and "batch_size=3 cannot be shared by 2 processes" in child.said(), child.said()
+        assert child.wait() == 1 and "batch_size=3 cannot be shared by 2 processes" in child.text(), child.text()
     assert not folder.exists()

@@ -8,15 +8,8 @@ import torch
 
 from ldm_edu.checkpoints import save_json
 from ldm_edu.errors import CheckpointError, LDMError
-from ldm_edu.first_stage.autoencoder import AutoencoderKL
-from ldm_edu.first_stage.quantization import (
-    AutoencoderVQ,
-    IdentityFirstStage,
-    VectorQuantizer,
-    codebook_usage,
-    load_first_stage,
-    nearest,
-)
+from ldm_edu.first_stage import AutoencoderKL, AutoencoderVQ, IdentityFirstStage
+from ldm_edu.first_stage.quantization import VectorQuantizer, codebook_usage, load_first_stage, nearest
 
 
 def random_case(seed: int) -> tuple[VectorQuantizer, torch.Tensor]:
@@ -105,7 +98,7 @@ def test_usage_counts_what_numpy_counts(num_codes):
 
 
 @pytest.mark.parametrize("num_codes", [3, 60])  # fewer than there are vectors, and more
-def test_start_from_puts_every_entry_on_a_vector(num_codes):
+def test_init_from_data_puts_every_entry_on_a_vector(num_codes):
     torch.manual_seed(0)
     quantize, z = VectorQuantizer(num_codes, 4), torch.randn(2, 4, 5, 4)
     quantize.init_from_data(z)
@@ -148,7 +141,7 @@ def test_gradients_reach_encoder_decoder_and_codebook(small):
     assert small.encoder.conv_in.weight.grad.abs().sum() > 0 and small.quantize.embedding.weight.grad.abs().sum() > 0
 
 
-def test_noise_does_not_matter_where_there_is_no_cloud(small):
+def test_noise_does_not_matter_where_the_latent_is_a_point(small):
     x = torch.randn(1, 3, 8, 8)
     z = small.encode(x)
     torch.testing.assert_close(small.encode(x, torch.randn_like(z)), z)
@@ -192,6 +185,20 @@ def test_every_kind_is_saved_and_found_again(tmp_path, kind, inside):
     assert type(loaded) is type(model) and loaded.config == model.config and not loaded.training
     with torch.no_grad():
         torch.testing.assert_close(loaded.reconstruct(x), model.reconstruct(x))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_of_version_0_1_0_is_read(tmp_path, kind):
+    """It says `codes` and `made` where later ones say `num_codes` and `provenance`."""
+    torch.manual_seed(0)
+    model = KINDS[kind]().eval()
+    model.provenance = {"steps": 3}
+    model.save_pretrained(tmp_path)
+    old = {"num_codes": "codes", "provenance": "made"}
+    (tmp_path / "config.json").unlink()
+    save_json({old.get(name, name): value for name, value in model.config.items()}, tmp_path / "config.json")
+    loaded = load_first_stage(tmp_path)
+    assert type(loaded) is type(model) and loaded.config == model.config
 
 
 def test_the_shipped_first_stage_is_found_by_the_models_name():

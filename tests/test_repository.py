@@ -108,6 +108,52 @@ def test_citation_and_package_agree():
     assert f"\nlicense: {PYPROJECT['project']['license']}\n" in text
 
 
+# --- The documents ---
+
+
+def links(text: str) -> list[str]:
+    """Where the links and pictures of a text in Markdown lead, without those to the outside."""
+    text = re.sub(r"```.*?```|`[^`]*`", "", text, flags=re.S)  # code is not a link
+    found = re.findall(r"\]\(([^)\s]+?)(?:\s+\"[^\"]*\")?\)", text)
+    return [link for link in found if not re.match(r"[a-z]+:", link)]
+
+
+def anchors(text: str) -> set[str]:
+    """The names that the headings of a text in Markdown can be reached by."""
+    headings = re.findall(r"^#+ (.+)$", text, re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).strip().replace(" ", "-") for h in headings}
+
+
+def documents() -> dict[Path, str]:
+    """Every text in Markdown: files, and the prose of pages."""
+    texts = [
+        p for p in ROOT.rglob("*.md") if visible(p) and p.relative_to(ROOT).parts[0] not in ("runs", "build", "dist")
+    ]
+    files = {path: path.read_text(encoding="utf-8") for path in found(texts, 8)}
+    pages = {p: "\n\n".join(c["source"] for c in read(p) if c["cell_type"] == "markdown") for p in PAGES}
+    return files | pages
+
+
+def test_links_lead_somewhere():
+    texts, checked = documents(), 0
+    for path, text in texts.items():
+        for link in links(text):
+            target, _, anchor = link.partition("#")
+            there = (path.parent / target).resolve() if target else path
+            assert there.exists(), f"{path.relative_to(ROOT)} links to {link}, which is not there"
+            if anchor and there in texts:
+                assert anchor.lower() in anchors(texts[there]), f"{path.relative_to(ROOT)}: no heading for {link}"
+            checked += 1
+    assert checked >= 100
+
+
+def test_contributing_says_where_is_what():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    answers = re.findall(r"^\| [^|]+\? \| `([^`|]+)` \|$", text, re.M)
+    assert len(answers) >= 10
+    assert not [answer for answer in answers if not (ROOT / answer).is_file()]
+
+
 # --- The notebooks ---
 
 
@@ -215,6 +261,37 @@ def test_every_module_is_exported_or_listed_as_written_by_hand():
     by_hand = {p.relative_to(PACKAGE).as_posix() for p in MODULES if p not in exported}
     assert by_hand == BY_HAND, "pyproject.toml, [tool.ldm_edu] by_hand, is the list of modules written by hand"
     assert len(exported) == len(exported_to()) >= 20
+    formatted = set(PYPROJECT["tool"]["ruff"]["format"]["exclude"])
+    assert {p.relative_to(ROOT).as_posix() for p in exported} == formatted, "[tool.ruff.format] exclude lists the rest"
+
+
+def test_exported_cells_are_short():
+    """A class that is longer than this is built up in parts, each shown before the next."""
+    cells = [
+        (path, c["source"]) for path in LESSONS for c in code(path) if re.search(r"^#\|\s*export", c["source"], re.M)
+    ]
+    assert len(cells) >= 200
+    for path, source in cells:
+        lines = [line for line in source.splitlines() if line.strip() and not line.startswith("#|")]
+        assert len(lines) <= 40, f"{path.stem}: {len(lines)} lines in the cell with {lines[0]!r}"
+
+
+def test_public_is_what_a_page_shows():
+    """About 200 names in all; what is plumbing begins with an underscore or is exported by `#| exporti`."""
+    public = {}
+    for path in MODULES:
+        if path.name != "__init__.py":
+            public |= {(path, name): True for name in names_of(path)}
+    assert 150 <= len(public) <= 240
+    assert len(names_of(PACKAGE / "__init__.py")) <= 65
+
+
+def names_of(path: Path) -> list[str]:
+    """`__all__` of a module, read, not imported."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__":
+            return ast.literal_eval(node.value)
+    return []
 
 
 def test_the_exercises_are_never_collected(pytester):

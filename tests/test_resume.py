@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from small_runs import Child, cook, differences, tiny_autoencoder, weights
+from small_runs import Child, differences, tiny_autoencoder, train_tiny, weights
 
 import ldm_edu.checkpoints as checkpoints
 import ldm_edu.training.stages as training
@@ -22,8 +22,8 @@ SEED = int(os.environ.get("LDM_EDU_TEST_SEED", random.SystemRandom().randrange(1
 def straight(tmp_path_factory):
     """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    child = Child(cook, folder, output=folder.parent / "output")
-    assert child.wait() == 0, child.said()
+    child = Child(train_tiny, folder, output=folder.parent / "output")
+    assert child.wait() == 0, child.text()
     return folder
 
 
@@ -58,7 +58,7 @@ def die() -> None:
 
 
 def die_at_write(folder, k: int) -> None:
-    """Cook, and die when half of the k-th safetensors file is written."""
+    """Train, and die when half of the k-th safetensors file is written."""
     whole, written = checkpoints.save_file, []
 
     def half(tensors, path, metadata=None):
@@ -69,11 +69,11 @@ def die_at_write(folder, k: int) -> None:
             die()
 
     checkpoints.save_file = half
-    cook(folder)
+    train_tiny(folder)
 
 
 def die_at_rename(folder, k: int) -> None:
-    """Cook, and die between the k-th temporary file and its new name."""
+    """Train, and die between the k-th temporary file and its new name."""
     whole, done = os.replace, []
 
     def never(source, target):
@@ -83,7 +83,7 @@ def die_at_rename(folder, k: int) -> None:
         whole(source, target)
 
     os.replace = never
-    cook(folder)
+    train_tiny(folder)
 
 
 def steps_done(folder) -> int:
@@ -107,21 +107,21 @@ def test_killed_at_ten_random_moments(straight, tmp_path):
     marks = sorted(rng.uniform(0, 9.5) for _ in plan)  # of the twelve steps
     for mark, death in zip(marks, plan):
         if death is None:
-            child = Child(cook, folder, output=output)
+            child = Child(train_tiny, folder, output=output)
             child.wait_until(lambda: steps_done(folder) >= int(mark) and rng.random() < 0.3)
             time.sleep(rng.uniform(0, 0.1))
             child.signal(signal.SIGKILL)
         else:
             child = Child(death, folder, rng.randint(1, 4), output=output)
-        assert child.wait() == -signal.SIGKILL, child.said()
+        assert child.wait() == -signal.SIGKILL, child.text()
         print(f"{death.__name__ if death else 'killed'} with {steps_done(folder)} steps saved")
-    child = Child(cook, folder, output=output)
-    assert child.wait() == 0, child.said()
+    child = Child(train_tiny, folder, output=output)
+    assert child.wait() == 0, child.text()
     assert_same_run(folder, straight)
 
 
 def one_step_a_life(folder, recipe) -> None:
-    """Cook, and die as soon as one more step is in a checkpoint."""
+    """Train, and die as soon as one more step is in a checkpoint."""
     whole, lived = training.save_state, []
 
     def once(*args):
@@ -131,33 +131,44 @@ def one_step_a_life(folder, recipe) -> None:
         lived.append(True)
 
     training.save_state = once
-    cook(folder, recipe)
+    train_tiny(folder, recipe)
 
 
-def test_a_first_stage_with_a_critic_killed_after_every_step(tmp_path):
-    """The codebook, both clip_groups, and the memory of their optimiser; the discriminator's first step lies in the middle."""
+def test_a_first_stage_with_a_discriminator_killed_after_every_step(tmp_path):
+    """With the codebook and what the optimiser remembers of both networks; the discriminator begins in the middle."""
     recipe, output = tiny_autoencoder(steps=6, start=3), tmp_path / "output"
-    child = Child(cook, tmp_path / "straight", recipe, output=output)
-    assert child.wait() == 0, child.said()
+    child = Child(train_tiny, tmp_path / "straight", recipe, output=output)
+    assert child.wait() == 0, child.text()
     folder = tmp_path / "run"
     for step in range(1, 6):
         child = Child(one_step_a_life, folder, recipe, output=output)
-        assert child.wait() == -signal.SIGKILL, child.said()
+        assert child.wait() == -signal.SIGKILL, child.text()
         assert load_notes(folder / "first_stage.safetensors")["step"] == str(step)
-    child = Child(cook, folder, recipe, output=output)
-    assert child.wait() == 0, child.said()
+    child = Child(train_tiny, folder, recipe, output=output)
+    assert child.wait() == 0, child.text()
     assert_same_run(folder, tmp_path / "straight")
     kept = weights(folder)
     assert any(name.startswith("first_stage.safetensors: task.adversary") for name in kept)
     assert any(name.startswith("model/model.safetensors: quantize.embedding") for name in kept)
 
 
-# Signals that can be heard -------------------------------------------------------------------------------------------
+# Signals that are handled -------------------------------------------------------------------------------------------
 
 
-def cook_patiently(folder) -> None:
-    """Cook without a checkpoint at each step: what is kept is kept because of the signal."""
-    cook(folder, save_every=1e9)
+def train_until_signalled(folder, stage: str, sent) -> None:
+    """Train without a checkpoint at each step; after a line of the log of a stage, wait until the file `sent` is there.
+
+    So the signal comes while the stage is trained, however busy the machine is."""
+    whole = training.log_scores
+
+    def patient(run, name, *args):
+        whole(run, name, *args)
+        end = time.monotonic() + 120
+        while name == stage and not sent.exists() and time.monotonic() < end:
+            time.sleep(0.01)
+
+    training.log_scores = patient
+    train_tiny(folder, save_every=1e9)
 
 
 def lines_written(folder) -> int:
@@ -167,34 +178,33 @@ def lines_written(folder) -> int:
 @pytest.mark.parametrize("number, stage", [(signal.SIGINT, "first_stage"), (signal.SIGTERM, "diffusion")])
 def test_stopped_by_a_signal(number, stage, straight, tmp_path):
     """Ctrl-C, and what a cluster sends: the step is finished, saved, and gone on from."""
-    print(f"LDM_EDU_TEST_SEED={SEED}")
-    folder, output = tmp_path / "run", tmp_path / "output"
-    child = Child(cook_patiently, folder, output=output)
+    folder, output, sent = tmp_path / "run", tmp_path / "output", tmp_path / "sent"
+    child = Child(train_until_signalled, folder, stage, sent, output=output)
     child.wait_until(lambda: lines_written(folder) >= (1 if stage == "first_stage" else 3))
-    time.sleep(random.Random(SEED).uniform(0, 0.1))
     child.signal(number)
-    assert child.wait() == 1, child.said()
-    told = re.search(r"KeyboardInterrupt: (\w+) stopped after step (\d), and saved", child.said())
-    assert told, child.said()
-    assert told[1] == stage and told[2] == load_notes(folder / f"{stage}.safetensors")["step"]
-    child = Child(cook_patiently, folder, output=output)
-    assert child.wait() == 0, child.said()
+    sent.touch()
+    assert child.wait() == 1, child.text()
+    stopped = re.search(r"KeyboardInterrupt: (\w+) stopped after step (\d), and saved", child.text())
+    assert stopped, child.text()
+    assert stopped[1] == stage and stopped[2] == load_notes(folder / f"{stage}.safetensors")["step"]
+    child = Child(train_until_signalled, folder, stage, sent, output=output)
+    assert child.wait() == 0, child.text()
     assert_same_run(folder, straight)
 
 
-def cook_and_halt_twice(folder) -> None:
+def train_and_interrupt_twice(folder) -> None:
     """A second Ctrl-C while the first is still waiting for the end of the step."""
 
-    def impatient(run, stage, state, look):
+    def impatient(run, stage, state, sample):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
 
     training.save_samples = impatient
-    cook(folder)
+    train_tiny(folder)
 
 
 def test_a_second_signal_stops_at_once(tmp_path):
-    child = Child(cook_and_halt_twice, tmp_path / "run", output=tmp_path / "output")
-    assert child.wait() == 1 and "and saved" not in child.said()
+    child = Child(train_and_interrupt_twice, tmp_path / "run", output=tmp_path / "output")
+    assert child.wait() == 1 and "and saved" not in child.text()
     assert steps_done(tmp_path / "run") == 5  # the sixth is where it happened

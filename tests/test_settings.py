@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pickle
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,10 +14,11 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_edu import basics, checkpoints
+from ldm_edu import LatentDiffusion, SceneReader, ToyFeatures, basics, checkpoints, load_first_stage
 from ldm_edu.basics import fit, is_static, pace, pick_device, pick_dtype, progress, set_seed
 from ldm_edu.checkpoints import Part, atomic, checkpoint_path, load_json, load_tensors, save_json, save_tensors
 from ldm_edu.errors import CheckpointError, LDMError, refusal
+from ldm_edu.first_stage.quantization import AutoencoderVQ
 from ldm_edu.settings import PROFILES, Settings, find_settings, load_settings
 
 ROOT = Path(__file__).parents[1]
@@ -488,6 +490,63 @@ def test_a_checkpoint_of_another_class(saved, tmp_path):
             cls.from_pretrained(folder)
 
 
+# ------------------------------------------------ checkpoints of version 0.1.0
+
+OLD = {"provenance": "made", "num_codes": "codes"}  # present name -> the name in a config.json of version 0.1.0
+
+
+def as_in_0_1_0(folder, *renamed):
+    """Rename keys of a config.json back to what version 0.1.0 wrote."""
+    config = load_json(folder / "config.json")
+    assert set(renamed) <= config.keys()
+    save_json({OLD[key] if key in renamed else key: value for key, value in config.items()}, folder / "config.json")
+
+
+def test_an_old_vq_first_stage_opens(tmp_path):
+    model = AutoencoderVQ(8, (1, 2), 1, 3, num_codes=10, groups=4, provenance={"steps": 7}).eval()
+    model.save_pretrained(tmp_path)
+    as_in_0_1_0(tmp_path, "provenance", "num_codes")
+    image = torch.rand(2, 3, 8, 8) * 2 - 1
+    for again in (AutoencoderVQ.from_pretrained(tmp_path), load_first_stage(tmp_path)):
+        assert isinstance(again, AutoencoderVQ) and again.config == model.config
+        assert again.provenance == {"steps": 7} and again.config["num_codes"] == 10
+        assert torch.equal(again.reconstruct(image), model.reconstruct(image))
+
+
+@pytest.mark.parametrize("cls, name", [(SceneReader, "scene-reader"), (ToyFeatures, "toy-features")])
+def test_old_networks_for_evaluation_open(cls, name, tmp_path):
+    shutil.copytree(checkpoints.PRETRAINED / name, tmp_path / name)
+    as_in_0_1_0(tmp_path / name, "provenance")
+    new = cls.from_pretrained(name)
+    assert new.provenance and cls.from_pretrained(tmp_path / name).config == new.config
+
+
+def test_an_old_latent_diffusion_folder_opens(tmp_path):
+    new, folder = LatentDiffusion.from_pretrained("toy-text2image"), tmp_path / "model"
+    new.save_pretrained(folder)
+    as_in_0_1_0(folder, "provenance")
+    as_in_0_1_0(folder / "first_stage", "provenance")
+    old = LatentDiffusion.from_pretrained(folder)
+    assert new.provenance and old.provenance == new.provenance
+    assert old.first_stage.config == new.first_stage.config == load_first_stage(folder).config
+    assert torch.equal(*(model.sample("a big yellow cylinder", steps=2) for model in (old, new)))
+    old.save_pretrained(tmp_path / "again")  # what is saved has the present names
+    for config in (tmp_path / "again/config.json", tmp_path / "again/first_stage/config.json"):
+        assert "provenance" in load_json(config) and "made" not in load_json(config)
+
+
+def test_an_old_name_gives_way_to_an_argument_that_has_it(tmp_path):
+    class Codes(Part, nn.Module):
+        def __init__(self, codes: int = 1):
+            super().__init__()
+
+    Codes(5).save_pretrained(tmp_path)
+    assert Codes.from_pretrained(tmp_path).config == {"codes": 5}
+    save_json({"made": {}}, tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="no argument provenance"):
+        Codes.from_pretrained(tmp_path)
+
+
 # ------------------------------------------------------ where it is looked for
 
 
@@ -545,12 +604,26 @@ def test_push_to_hub_sends_our_two_files(saved, monkeypatch):
         def create_repo(self, repo_id, **_):
             return SimpleNamespace(repo_id=repo_id)
 
-        def upload_folder(self, folder_path, **_):
-            sent.append(sorted(path.name for path in Path(folder_path).iterdir()))
+        def upload_folder(self, folder_path, **how):
+            sent.append((sorted(path.name for path in Path(folder_path).iterdir()), how))
+            return "where it is"
 
-    monkeypatch.setattr("huggingface_hub.hub_mixin.HfApi", Hub)
-    saved[1].push_to_hub("user/toy")
-    assert sent == [["config.json", "model.safetensors"]]
+    monkeypatch.setattr("huggingface_hub.HfApi", Hub)
+    assert saved[1].push_to_hub("user/toy") == "where it is"
+    saved[1].push_to_hub("user/toy", branch="next", create_pr=True)
+    assert [names for names, _ in sent] == [["config.json", "model.safetensors"]] * 2
+    assert sent[0][1]["repo_id"] == "user/toy" and sent[0][1]["revision"] is None
+    assert sent[1][1]["revision"] == "next" and sent[1][1]["create_pr"] is True
+
+
+def test_push_to_hub_passes_arguments_that_the_hub_knows():
+    from inspect import signature
+
+    from huggingface_hub import HfApi
+
+    api = SimpleNamespace(create_repo=signature(HfApi.create_repo), upload_folder=signature(HfApi.upload_folder))
+    api.create_repo.bind(None, repo_id="", private=None, exist_ok=True)
+    api.upload_folder.bind(None, repo_id="", repo_type="model", folder_path="", commit_message="", revision=None)
 
 
 def test_refusal_complains_where_nothing_is_refused():

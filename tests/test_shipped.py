@@ -21,7 +21,7 @@ def model() -> LatentDiffusion:
     return LatentDiffusion.from_pretrained(NAME)
 
 
-def test_unseen_scenes_come_back(model):
+def test_held_out_scenes_come_back(model):
     scenes = ToyCOCO("test", length=256)
     x = collate(scenes.__getitems__(range(256)))["image"]
     with torch.no_grad():
@@ -38,7 +38,7 @@ def test_latents_have_unit_standard_deviation(model):
 
 
 def test_the_model_predicts_noise_better_with_its_caption(model):
-    """On unseen scenes, at middle noise levels: right captions help, wrong ones hurt."""
+    """On held-out scenes, at middle noise levels: right captions help, wrong ones hurt."""
     from ldm_edu.diffusion.schedule import diffusion_loss
 
     batch = collate(ToyCOCO("test", length=128).__getitems__(range(128)))
@@ -90,7 +90,7 @@ def reader() -> SceneReader:
     ],
 )
 def test_the_judge_reads_scenes_and_their_reconstructions(reader, stage, split, n):
-    """99 % of unseen drawn scenes without any error, and 97 % after a first stage."""
+    """99 % of held-out drawn scenes without any error, and 97 % after a first stage."""
     data, first_stage = ToyCOCO(split, length=n), load_first_stage(stage)
     scenes = [data.describe(i)[0] for i in range(n)]
     x = torch.cat([collate(data.__getitems__(range(i, i + 64)))["image"] for i in range(0, n, 64)])
@@ -101,7 +101,7 @@ def test_the_judge_reads_scenes_and_their_reconstructions(reader, stage, split, 
 
 
 @pytest.mark.parametrize("stage", ["toy-kl-f4", "toy-vq-f4"])
-def test_first_stages_give_unseen_scenes_back(stage):
+def test_first_stages_give_held_out_scenes_back(stage):
     """At f = 4 better than the f = 8 stage of the same images."""
     first_stage, finer = load_first_stage(stage), load_first_stage(NAME)
     x = collate(ToyCOCO("test").__getitems__(range(128)))["image"]

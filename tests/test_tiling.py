@@ -28,9 +28,7 @@ LEVEL = 2 / 255  # one grey level, where images are in [-1, 1]
 def small(kind: str = "kl", multipliers: tuple[int, ...] = (1, 2, 2), factors: tuple[int, ...] = ()) -> FirstStage:
     """A narrow first stage with weights large enough that far places matter."""
     torch.manual_seed(0)
-    shape = dict(
-        channels=8, multipliers=multipliers, blocks=1, groups=4, latent_channels=3, attention_factors=factors
-    )  # fmt: skip
+    shape = dict(channels=8, multipliers=multipliers, blocks=1, groups=4, latent_channels=3, attention_factors=factors)
     model = AutoencoderVQ(num_codes=16, **shape) if kind == "vq" else AutoencoderKL(scale_factor=0.7, **shape)
     for parameter in model.parameters():
         parameter.data *= 1.5

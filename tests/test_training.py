@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from small_runs import HOW, Child, cook, differences, of_stages, tiny, tiny_autoencoder, weights
+from small_runs import HOW, Child, differences, of_stages, tiny, tiny_autoencoder, train_tiny, weights
 from torch import nn
 
 import ldm_edu.training.latents as latents
@@ -29,6 +29,7 @@ from ldm_edu.evaluation.metrics import LPIPS
 from ldm_edu.first_stage.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm_edu.first_stage.quantization import AutoencoderVQ, load_first_stage
 from ldm_edu.latent_diffusion import LatentDiffusion
+from ldm_edu.training.judge import train_reader
 from ldm_edu.training.latents import cached_latents
 from ldm_edu.training.loop import batch_indices, clip_gradients, step_randomness
 from ldm_edu.training.recipes import (
@@ -41,7 +42,7 @@ from ldm_edu.training.recipes import (
     recipe_from_dict,
     recipe_to_dict,
 )
-from ldm_edu.training.run import Run, check_batch_size, make_accelerator, open_run, prepare_folder, stage_trainings
+from ldm_edu.training.run import Run, check_batch_size, make_accelerator, open_run, stage_trainings
 from ldm_edu.training.stages import pick_captions, run_stage, train_autoencoder, train_latent_diffusion
 from ldm_edu.training.state import make_state, state_file
 from ldm_edu.training.tasks import DiffusionTask, FirstStageTask, build_first_stage, perceptual_distance
@@ -93,20 +94,23 @@ def test_every_phrasing_is_read_as_often():
     texts, phrase = [["a", "b", "c"], ["x"]], torch.rand(3000, generator=torch.Generator().manual_seed(0))
     read = pick_captions(texts, [0] * 3000, phrase)["caption"]
     assert all(abs(read.count(text) / 3000 - 1 / 3) < 0.04 for text in texts[0])
-    assert pick_captions(texts, [1, 1], phrase[:2]) == {"caption": ["x", "x"]} and pick_captions(None, [1], phrase[:1]) == {}
+    assert (
+        pick_captions(texts, [1, 1], phrase[:2]) == {"caption": ["x", "x"]}
+        and pick_captions(None, [1], phrase[:1]) == {}
+    )
 
 
 def test_batches_are_pictures_latents_and_captions_that_belong_together(tmp_path, monkeypatch):
     """What `train_latent_diffusion` hands to the loop, against the data set itself."""
     batches = {}
 
-    def no_training(run, stage, task, how, batch_at, validate, look, seed):
+    def no_training(run, stage, task, how, batch_at, validate, sample, seed):
         batches[stage] = batch_at(3)
         return task.eval(), 0.0
 
     monkeypatch.setattr(training, "run_stage", no_training)
     recipe = tiny()
-    model, data = cook(tmp_path / "run", recipe), ToyCOCO("train", size=16, keys=("image", "captions"))
+    model, data = train_tiny(tmp_path / "run", recipe), ToyCOCO("train", size=16, keys=("image", "captions"))
     seen, shape = batch_indices(recipe.seed, 3, 4, 24), (4, 8, 8)
     first = batches["first_stage"]
     bytes_of_pictures = ((torch.stack([data[i]["image"] for i in seen]) + 1) * 127.5).round() / 127.5 - 1
@@ -188,7 +192,7 @@ def test_a_stage_goes_on_exactly(options, tmp_path):
 
 
 def losses(folder, **options) -> torch.Tensor:
-    """The log's losses over 20 steps."""
+    """The losses in the log of 20 steps."""
     run = small_run(folder, **({"every": 1} | options))
     train_small(folder, run=run)
     return torch.tensor([line["loss"] for line in run.read_log()])
@@ -253,8 +257,8 @@ def only_first():
 def test_clipping_warm_up_and_average_are_what_they_say(tmp_path):
     """Three steps against a loop in which everything is written out."""
     how = Training(steps=3, batch_size=4, lr=1e-2, warmup=2, clip=0.1, ema=0.9, weight_decay=0.1)
-    averaged = train_small(tmp_path, **{k: v for k, v in asdict(how).items() if k in ("clip", "ema", "weight_decay")},
-                           steps=3)  # fmt: skip
+    chosen = {name: value for name, value in asdict(how).items() if name in ("steps", "clip", "ema", "weight_decay")}
+    averaged = train_small(tmp_path, **chosen)
     torch.manual_seed(0)
     net = Small()
     mean = {name: value.clone() for name, value in net.state_dict().items()}
@@ -292,8 +296,8 @@ def test_a_loss_that_is_not_finite_names_term_and_step(value, tmp_path):
     with pytest.raises(LDMError, match=r"at step 7 the loss is (nan|inf): far is to blame \(near 0?\.?\d.*, far "):
         train_small(tmp_path / "run", watch)
     assert load_notes(tmp_path / "run" / "small.safetensors")["step"] == "7"
-    assert all(value.isfinite().all() for value in load_tensors(tmp_path / "run" / "small.safetensors").values()
-               if value.dim())  # fmt: skip
+    kept = load_tensors(tmp_path / "run" / "small.safetensors")
+    assert all(value.isfinite().all() for value in kept.values() if value.dim())
     assert not differences(straight, train_small(tmp_path / "run"))
 
 
@@ -313,7 +317,7 @@ def test_a_gradient_that_is_not_finite_is_named(tmp_path):
 def test_a_stage_of_a_recipe_names_its_term(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "learning_rate", lambda training, step: 1e30 if step == 2 else 1e-3)
     with pytest.raises(LDMError, match="at step 3 the loss is .*l1"):
-        cook(tmp_path / "run")
+        train_tiny(tmp_path / "run")
 
 
 def fill_disk(folder: Path, limit: int) -> None:
@@ -326,7 +330,7 @@ def fill_disk(folder: Path, limit: int) -> None:
         run_stage(run, "small", Small(), how, batch_at, sample=lambda task: torch.rand(3, 64, 64))
     except LDMError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-        (folder.parent / "told").write_text(str(error))
+        (folder.parent / "message").write_text(str(error))
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limit on the size of files on this system")
@@ -340,16 +344,16 @@ def test_a_full_disk_keeps_the_last_checkpoint(limit, file, tmp_path):
     before = (folder / "small.safetensors").read_bytes()
     assert len(before) > 40_000
     child = Child(fill_disk, folder, limit, output=tmp_path / "output")
-    assert child.wait() == 0, child.said()
-    told = (tmp_path / "told").read_text()
-    assert str(folder / file) in told and "\n" not in told
+    assert child.wait() == 0, child.text()
+    message = (tmp_path / "message").read_text()
+    assert str(folder / file) in message and "\n" not in message
     assert (folder / "small.safetensors").read_bytes() == before
     assert not [path for path in folder.rglob(".*")]
     assert not differences(train_small(tmp_path / "straight"), train_small(folder))
 
 
 def test_a_checkpoint_cut_short_is_named(tmp_path):
-    """At any length; and what could be done is said."""
+    """At any length; and the message tells what could be done."""
     train_small(tmp_path, validate=only_first())
     path, spare = tmp_path / "small.safetensors", tmp_path / "small.best.safetensors"
     whole = path.read_bytes()
@@ -428,7 +432,7 @@ def test_other_precisions_train(precision, tmp_path):
         torch.testing.assert_close(got[name].float(), value, rtol=0, atol=2e-2 if precision == "bf16" else 1e-4)
 
 
-# First stages, and their clip_groups -----------------------------------------------------------------------------------
+# First stages, and their discriminators -------------------------------------------------------------------------------
 
 
 def first_stage_task(regulariser: str = "vq", adversarial: bool = True) -> FirstStageTask:
@@ -447,31 +451,31 @@ def pictures_at(step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("regulariser", ["kl", "vq"])
-def test_the_critic_plays_from_its_first_step_on_and_only_with_gradients(regulariser):
+def test_the_discriminator_is_used_from_its_first_step_on_and_only_with_gradients(regulariser):
     task, without = first_stage_task(regulariser), first_stage_task(regulariser, adversarial=False)
     assert not differences(task.model.state_dict(), without.model.state_dict())
     expected, terms = without(pictures_at(0))
     assert set(terms) == {"l1", "perceptual", {"kl": "kl", "vq": "codebook"}[regulariser]}
     for step in (0, 2):
-        loss, told = task(pictures_at(step))
-        assert loss == expected and told == terms
+        loss, found = task(pictures_at(step))
+        assert loss == expected and found == terms
         loss.backward()
         assert all(weight.grad is not None and not weight.grad.any() for weight in task.adversary.parameters())
     for step in (3, 1000):
         task.zero_grad()
-        loss, told = task(pictures_at(step))
-        assert set(told) == {*terms, "g_loss", "d_loss", "d_weight"}
-        share = 0.5 * told["d_weight"] * told["g_loss"] + told["d_loss"]
+        loss, found = task(pictures_at(step))
+        assert set(found) == {*terms, "g_loss", "d_loss", "d_weight"}
+        share = 0.5 * found["d_weight"] * found["g_loss"] + found["d_loss"]
         torch.testing.assert_close(loss, expected + share)
         loss.backward()
         assert all(weight.grad.any() for weight in task.parameters() if weight.dim() > 1)
         with torch.no_grad():
-            loss, told = task(pictures_at(step))
-        assert loss == expected and told == terms
+            loss, found = task(pictures_at(step))
+        assert loss == expected and found == terms
 
 
-def test_opponents_are_clipped_apart(tmp_path):
-    """A loud one to 1, while a quiet one is left alone; what is returned is the length of all together."""
+def test_clip_groups_are_clipped_apart(tmp_path):
+    """A long gradient is cut to 1, a short one is left alone; what is returned is the norm of all together."""
     task, run = first_stage_task(), small_run(tmp_path)
     gradients = {}
     for part, size in ((task.model, 50.0), (task.adversary, 0.5)):
@@ -480,7 +484,7 @@ def test_opponents_are_clipped_apart(tmp_path):
         gradients[part] = [g * size / length for g in random]
         for weight, gradient in zip(part.parameters(), gradients[part]):
             weight.grad = gradient.clone()
-    assert clip_gradients(run, task, 1.0) == pytest.approx(math.hypot(50.0, 0.5), rel=1e-5)
+    assert clip_gradients(run.accelerator, task, 1.0) == pytest.approx(math.hypot(50.0, 0.5), rel=1e-5)
     for part, factor in ((task.model, 1 / 50), (task.adversary, 1.0)):
         for weight, gradient in zip(part.parameters(), gradients[part]):
             torch.testing.assert_close(weight.grad, gradient * factor, rtol=1e-4, atol=1e-8)
@@ -520,11 +524,11 @@ def cache(tmp_path_factory):
 
 
 @pytest.mark.parametrize("from_data", [True, False])
-def test_entries_begin_on_latents_or_near_nought(from_data, cache, tmp_path, monkeypatch):
+def test_entries_begin_on_latents_or_near_zero(from_data, cache, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "run_stage", lambda run, stage, task, *rest: (task.eval(), 0.0))
     recipe = tiny_autoencoder()
     recipe = replace(recipe, first_stage=replace(recipe.first_stage, from_data=from_data))
-    model = cook(tmp_path / "run", recipe, cache_dir=cache)
+    model = train_tiny(tmp_path / "run", recipe, cache_dir=cache)
     entries = model.quantize.embedding.weight.detach()
     if not from_data:
         assert entries.abs().max() <= 1 / 32 and entries.unique().numel() == 32 * 4
@@ -539,7 +543,7 @@ def test_entries_begin_on_latents_or_near_nought(from_data, cache, tmp_path, mon
 def autoencoder(tmp_path_factory, cache):
     """A run of a first stage with all that it can have, and a line in the log for each of its six steps."""
     folder = tmp_path_factory.mktemp("autoencoder") / "run"
-    return folder, cook(folder, tiny_autoencoder(start=3), every=1, save_every=1e9, cache_dir=cache)
+    return folder, train_tiny(folder, tiny_autoencoder(start=3), every=1, save_every=1e9, cache_dir=cache)
 
 
 def through_bytes(dataset, n: int) -> torch.Tensor:
@@ -569,8 +573,8 @@ def test_a_first_stage_is_kept_with_how_it_was_made(autoencoder):
     Image.open(folder / "samples" / "first_stage-000006.png").verify()
 
 
-def test_the_loss_on_unseen_pictures_knows_no_critic(autoencoder):
-    """It is that of the paper's other terms, typed out, on the first 64 images of the validation split."""
+def test_the_loss_on_held_out_images_has_no_discriminator(autoencoder):
+    """It is the sum of the paper's other terms, written out, on the first 64 images of the validation split."""
     folder, model = autoencoder
     x = through_bytes(ToyCOCO("validation", size=16), 64)
     with torch.no_grad():
@@ -580,53 +584,59 @@ def test_the_loss_on_unseen_pictures_knows_no_critic(autoencoder):
     assert model.provenance["held_out"] == pytest.approx(expected.item(), abs=2e-4)
 
 
-def test_the_best_is_chosen_without_the_critic(cache, tmp_path):
-    """A discriminator far too loud spoils the images from step 4 on; the weights that are kept are those of before."""
+def test_the_best_is_chosen_without_the_discriminator(cache, tmp_path):
+    """A discriminator with a huge weight spoils the images from step 4 on; weights of before that step are kept."""
     recipe = tiny_autoencoder(start=3, keep="best")
     game = replace(recipe.first_stage.adversarial, weight=1000.0)
     recipe = replace(recipe, first_stage=replace(recipe.first_stage, adversarial=game))
-    model, lines = cook(tmp_path / "run", recipe, every=1, cache_dir=cache), log_of(tmp_path / "run")
-    unseen = {line["step"]: line["held_out"] for line in lines}
-    best = min(unseen, key=unseen.get)
+    model, lines = train_tiny(tmp_path / "run", recipe, every=1, cache_dir=cache), log_of(tmp_path / "run")
+    held_out = {line["step"]: line["held_out"] for line in lines}
+    best = min(held_out, key=held_out.get)
     assert load_notes(tmp_path / "run" / "first_stage.best.safetensors")["step"] == str(best) and best < 6
-    assert model.provenance["held_out"] == pytest.approx(unseen[best], abs=1e-4)
+    assert model.provenance["held_out"] == pytest.approx(held_out[best], abs=1e-4)
 
 
 @pytest.mark.parametrize("precision, furthest", [("fp64", 1e-5), ("bf16", 2e-2)])
 def test_other_precisions_train_a_first_stage(precision, furthest, autoencoder, cache, tmp_path):
     """The losses are those of float32, about; the model is kept in float32."""
     folder = tmp_path / "run"
-    model = cook(folder, tiny_autoencoder(start=3), every=1, precision=precision, cache_dir=cache)
+    model = train_tiny(folder, tiny_autoencoder(start=3), every=1, precision=precision, cache_dir=cache)
     for ours, theirs in zip(log_of(folder), log_of(autoencoder[0]), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=furthest)
     inside = torch.float64 if precision == "fp64" else torch.float32
     kept = load_tensors(folder / "first_stage.safetensors")
     assert {v.dtype for k, v in kept.items() if k.startswith(("task.", "ema.")) and v.dim()} == {inside}
     assert {v.dtype for v in load_tensors(folder / "model" / "model.safetensors").values()} == {torch.float32}
-    assert {weight.dtype for weight in model.parameters()} == {torch.float32} and model.provenance["precision"] == precision
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32} and model.provenance[
+        "precision"
+    ] == precision
 
 
-def test_pieces_with_a_critic_run(cache, tmp_path):
-    """λ is a piece's own, so the weights are not those of whole batches: nothing but that they are numbers."""
-    model = cook(tmp_path / "run", tiny_autoencoder(4, start=2, accumulate=2), cache_dir=cache)
+def test_micro_batches_with_a_discriminator_run(cache, tmp_path):
+    """λ is taken for each micro-batch, so the weights are not those of whole batches; they are finite."""
+    model = train_tiny(tmp_path / "run", tiny_autoencoder(4, start=2, accumulate=2), cache_dir=cache)
     assert all(weight.isfinite().all() for weight in model.parameters())
 
 
-def cook_traced(folder, cache) -> None:
-    """Three steps of a network that is traced as for a compiler, but none is called; the discriminator plays in two."""
+def train_traced(folder, cache) -> None:
+    """Three steps of a network that is traced but not compiled; the discriminator is used in two of them."""
     whole = nn.Module.compile
     nn.Module.compile = lambda self: whole(self, backend="aot_eager")
-    cook(folder, tiny_autoencoder(3, start=1), compile=True, every=1, sample_every=0, save_every=1e9, cache_dir=cache)
+    train_tiny(
+        folder, tiny_autoencoder(3, start=1), compile=True, every=1, sample_every=0, save_every=1e9, cache_dir=cache
+    )
 
 
 @pytest.mark.xfail(
     strict=True, reason="the traced backward pass frees what the next one needs: λ takes two, the loss one"
 )
-def test_compiled_plays_with_a_critic(cache, tmp_path):
+def test_compiled_trains_with_a_discriminator(cache, tmp_path):
     """In a process of its own, where no shapes are checked: tracing the checks takes minutes."""
-    cook(tmp_path / "plain", tiny_autoencoder(3, start=1), every=1, sample_every=0, save_every=1e9, cache_dir=cache)
-    child = Child(cook_traced, tmp_path / "traced", cache, output=tmp_path / "output")
-    assert child.wait() == 0, child.said()
+    train_tiny(
+        tmp_path / "plain", tiny_autoencoder(3, start=1), every=1, sample_every=0, save_every=1e9, cache_dir=cache
+    )
+    child = Child(train_traced, tmp_path / "traced", cache, output=tmp_path / "output")
+    assert child.wait() == 0, child.text()
     for ours, theirs in zip(log_of(tmp_path / "traced"), log_of(tmp_path / "plain"), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
 
@@ -634,7 +644,7 @@ def test_compiled_plays_with_a_critic(cache, tmp_path):
 def test_the_latents_of_a_kl_first_stage_for_itself_have_unit_deviation(cache, tmp_path):
     recipe = tiny_autoencoder()
     kl = replace(recipe.first_stage, regulariser="kl", perceptual=None, adversarial=None)
-    cook(tmp_path / "run", replace(recipe, first_stage=kl), cache_dir=cache)
+    train_tiny(tmp_path / "run", replace(recipe, first_stage=kl), cache_dir=cache)
     model, x = load_first_stage(tmp_path / "run" / "model"), through_bytes(ToyCOCO("train", size=16), 24)
     noise = step_randomness(1, 0, range(24), (4, 8, 8))["latent_noise"]
     assert type(model) is AutoencoderKL and model.scale_factor != 1.0
@@ -645,7 +655,7 @@ def test_the_latents_of_a_kl_first_stage_for_itself_have_unit_deviation(cache, t
 def test_both_stages_with_a_codebook(cache, tmp_path):
     """The diffusion model learns the latents before quantisation; what is saved can be loaded and asked."""
     recipe = replace(tiny(2), first_stage=tiny_autoencoder(2, start=1).first_stage)
-    model = cook(tmp_path / "run", recipe, cache_dir=cache)
+    model = train_tiny(tmp_path / "run", recipe, cache_dir=cache)
     loaded = LatentDiffusion.from_pretrained(tmp_path / "run" / "model")
     assert type(loaded.first_stage) is AutoencoderVQ and loaded.first_stage.scale_factor == 1.0
     assert torch.equal(loaded.sample("a big red ball", steps=2), model.sample("a big red ball", steps=2))
@@ -715,7 +725,7 @@ def test_the_latents_of_a_codebook_are_those_before_it(tmp_path):
 def finished(tmp_path_factory):
     """An undisturbed run."""
     folder = tmp_path_factory.mktemp("runs") / "straight"
-    return folder, cook(folder)
+    return folder, train_tiny(folder)
 
 
 def test_the_run_folder_tells_what_was_done(finished):
@@ -750,7 +760,7 @@ def test_the_model_is_the_average(finished):
 def test_a_finished_run_can_be_resumed(finished, tmp_path):
     """It says the same again."""
     shutil.copytree(finished[0], tmp_path / "run")
-    cook(tmp_path / "run")
+    train_tiny(tmp_path / "run")
     assert not differences(weights(finished[0]), weights(tmp_path / "run"))
 
 
@@ -758,14 +768,14 @@ def test_a_folder_with_a_run_is_not_overwritten(finished):
     folder, _ = finished
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(LDMError, match="already holds a run"):
-        cook(folder, resume=False)
+        train_tiny(folder, resume=False)
     with pytest.raises(LDMError, match=r"\(first_stage\.training\.steps was 6 and is 7, diffusion\.training\.steps"):
-        cook(folder, tiny(7))
+        train_tiny(folder, tiny(7))
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 @pytest.mark.parametrize(
-    "changed, told",
+    "changed, message",
     [
         (replace(tiny(), seed=1), "seed was 0 and is 1"),
         (of_stages(tiny(), lr=0.001), "first_stage.training.lr was 0.003 and is 0.001"),
@@ -774,34 +784,36 @@ def test_a_folder_with_a_run_is_not_overwritten(finished):
         (find_recipe("scene-reader"), "kind was 'diffusion model' and is 'scene reader'"),
     ],
 )
-def test_a_recipe_that_changed_is_named(changed, told, tmp_path):
-    prepare_folder(tmp_path / "run", tiny(), resume=False)
-    with pytest.raises(LDMError, match=told):
-        prepare_folder(tmp_path / "run", changed, resume=True)
-    assert prepare_folder(tmp_path / "run", tiny(), resume=True)
+def test_a_recipe_that_changed_is_named(changed, message, tmp_path):
+    open_run(tiny(), tmp_path / "run", "cpu")
+    with pytest.raises(LDMError, match=message):
+        open_run(changed, tmp_path / "run", "cpu", resume=True)
+    assert open_run(tiny(), tmp_path / "run", "cpu", resume=True).folder == tmp_path / "run"
 
 
-@pytest.mark.parametrize("left", ["log.jsonl", "recipe.json", "diffusion.safetensors", "scene-reader.best.safetensors"])
-def test_any_sign_of_a_run_protects_its_folder(left, tmp_path):
-    (tmp_path / left).write_text("something")
-    with pytest.raises(LDMError, match=f"already holds a run .*{left}"):
-        prepare_folder(tmp_path, tiny(), resume=False)
+@pytest.mark.parametrize(
+    "found", ["log.jsonl", "recipe.json", "diffusion.safetensors", "scene-reader.best.safetensors"]
+)
+def test_any_sign_of_a_run_protects_its_folder(found, tmp_path):
+    (tmp_path / found).write_text("something")
+    with pytest.raises(LDMError, match=f"already holds a run .*{found}"):
+        open_run(tiny(), tmp_path, "cpu")
 
 
 def test_resume_needs_a_run(tmp_path):
     with pytest.raises(LDMError, match="no run"):
-        cook(tmp_path / "none", resume=True)
+        train_tiny(tmp_path / "none", resume=True)
     assert not (tmp_path / "none").exists()
 
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
-    folder = prepare_folder(tmp_path / "run", tiny(), resume=False)
+    folder = open_run(tiny(), tmp_path / "run", "cpu").folder
     leftovers = [folder / ".loss.png.123", folder / "model" / "unet" / ".model.safetensors.4567"]
     others = [folder / ".keep", folder / ".notes.txt", folder / "model" / "v1.123"]
     for path in leftovers + others:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("something")
-    prepare_folder(folder, tiny(), resume=True)
+    open_run(tiny(), folder, "cpu", resume=True)
     assert not any(path.exists() for path in leftovers) and all(path.exists() for path in others)
 
 
@@ -824,6 +836,35 @@ def test_batches_that_cannot_be_shared_are_refused_before_anything_is_done(tmp_p
     with pytest.raises(LDMError, match="batch_size=4 cannot be shared by 3 processes"):
         open_run(recipe, tmp_path / "run", "cpu", "fp32")
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("train", [train_latent_diffusion, train_autoencoder, train_reader])
+def test_a_misspelt_option_is_refused_before_anything_is_written(train, tmp_path):
+    """Or the corrected call would find a folder that holds a run."""
+    recipe = {train_latent_diffusion: tiny(), train_autoencoder: tiny_autoencoder()}.get(
+        train, find_recipe("scene-reader")
+    )
+    with pytest.raises(TypeError, match="no option 'sample_evry'; did you mean 'sample_every'"):
+        train(recipe, tmp_path / "run", device="cpu", sample_evry=0)
+    with pytest.raises(TypeError, match="no option 'lokks'; known: every, save_every, sample_every, compile"):
+        open_run(recipe, tmp_path / "run", "cpu", lokks=0)
+    assert not (tmp_path / "run").exists()
+    assert open_run(recipe, tmp_path / "run", "cpu", sample_every=0).sample_every == 0
+
+
+def test_an_error_while_a_batch_is_made_comes_out_of_the_loop():
+    def broken(step):
+        raise DataError(f"nothing to read at step {step}")
+
+    with pytest.raises(DataError, match="nothing to read at step 0"):
+        list(loop.prefetch(broken, 0, 3))
+
+
+def test_a_mistyped_recipe_gets_the_nearest_name():
+    with pytest.raises(
+        LDMError, match="unknown recipe 'toy-text2img'; known: toy-text2image.*did you mean 'toy-text2image'"
+    ):
+        find_recipe("toy-text2img")
 
 
 # Data that vanish ----------------------------------------------------------------------------------------------------
@@ -858,7 +899,7 @@ def test_a_picture_that_vanishes_before_it_is_read_is_named(tmp_path, monkeypatc
 
     monkeypatch.setattr(training, "cached", too_late)
     with pytest.raises(DataError, match=r"000006\.jpg"):
-        cook(tmp_path / "run", of_faces(), data_dir=data)
+        train_tiny(tmp_path / "run", of_faces(), data_dir=data)
 
 
 @pytest.fixture(scope="module")
@@ -866,7 +907,7 @@ def faces(tmp_path_factory):
     """A run on such faces, and their folder."""
     folder = tmp_path_factory.mktemp("faces")
     data = draw_faces(folder / "data")
-    cook(folder / "run", of_faces(), data_dir=data)
+    train_tiny(folder / "run", of_faces(), data_dir=data)
     return folder
 
 
@@ -876,14 +917,14 @@ def test_a_run_does_not_go_on_with_other_pictures(faces, tmp_path):
     before = (run / "diffusion.safetensors").read_bytes()
     (data / "celeba" / "img_align_celeba" / "000003.jpg").unlink()
     with pytest.raises(CheckpointError, match=r"first_stage\.safetensors was made with other images"):
-        cook(run, of_faces(), data_dir=data)
+        train_tiny(run, of_faces(), data_dir=data)
     assert (run / "diffusion.safetensors").read_bytes() == before
 
 
 def test_the_same_pictures_copied_elsewhere_will_do(faces, tmp_path):
     """Times of files do not matter; what is in them does."""
     shutil.copytree(faces, tmp_path / "here", copy_function=shutil.copyfile)
-    cook(tmp_path / "here" / "run", of_faces(), data_dir=tmp_path / "here" / "data")
+    train_tiny(tmp_path / "here" / "run", of_faces(), data_dir=tmp_path / "here" / "data")
 
 
 def test_data_that_are_gone_are_named(faces, tmp_path):
@@ -892,12 +933,12 @@ def test_data_that_are_gone_are_named(faces, tmp_path):
     (images,) = (run / "cache").glob("celeba-train-*/images.npy")
     images.unlink()
     with pytest.raises(DataError, match=f"{images.parent}.*delete"):
-        cook(run, of_faces(), data_dir=data)
+        train_tiny(run, of_faces(), data_dir=data)
     shutil.rmtree(images.parent)  # as it says
-    cook(run, of_faces(), data_dir=data)
+    train_tiny(run, of_faces(), data_dir=data)
     shutil.rmtree(data)
     with pytest.raises(DataError, match=str(data)):
-        cook(run, of_faces(), data_dir=data)
+        train_tiny(run, of_faces(), data_dir=data)
 
 
 # Recipes -------------------------------------------------------------------------------------------------------------
@@ -927,7 +968,7 @@ def test_unknown_words_in_a_first_stage_list_the_known_ones():
         FirstStageRecipe(how, perceptual="lpips")
 
 
-def test_the_critic_of_a_recipe_survives_json():
+def test_the_discriminator_of_a_recipe_survives_json():
     recipe = tiny_autoencoder()
     values = json.loads(json.dumps(recipe_to_dict(recipe)))
     again = recipe_from_dict(values)
@@ -942,23 +983,23 @@ def test_the_critic_of_a_recipe_survives_json():
 
 
 @pytest.mark.parametrize(
-    "changed, told",
+    "changed, message",
     [
         ({"norm": "layer"}, "unknown norm 'layer'"),
         ({"weight": -1.0}, "weight"),
         pytest.param(
             {"layers": 3},
             "16×16 pixels are too few",
-            marks=pytest.mark.xfail(strict=True, reason="seen only when the game begins"),
+            marks=pytest.mark.xfail(strict=True, reason="seen only when the discriminator is first used"),
         ),
     ],
     ids=["norm", "weight", "size"],
 )
-def test_a_critic_without_sense_is_refused_before_anything_is_done(changed, told, tmp_path):
+def test_a_discriminator_without_sense_is_refused_before_anything_is_done(changed, message, tmp_path):
     """Its first step may come after hours."""
     recipe = tiny_autoencoder(start=1000)
     game = replace(recipe.first_stage.adversarial, **changed)
-    with pytest.raises(LDMError, match=told):
+    with pytest.raises(LDMError, match=message):
         train_autoencoder(
             replace(recipe, first_stage=replace(recipe.first_stage, adversarial=game)), tmp_path / "run", **HOW
         )

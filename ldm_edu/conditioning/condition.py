@@ -1,11 +1,16 @@
 """What a batch of images is conditioned on: three slots."""
 
-import torch
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
+
 from ldm_edu.errors import LDMError
+
+__all__ = ["Condition"]
+
 
 @dataclass(frozen=True, eq=False)
 class Condition:
@@ -32,11 +37,11 @@ class Condition:
         return self.map(lambda v: v.to(*args, **kwargs))
 
     def __len__(self) -> int:
-        "The batch size; 0 where no slot is filled."
+        "The batch size; 0 if no slot is filled."
         return next((len(v) for v in self.slots().values()), 0)
 
     def __getitem__(self, index: int | slice | list | Tensor) -> "Condition":
-        "Some rows of the batch. One number is refused: a condition keeps its batch dimension."
+        "Some rows of the batch. A single number is an `LDMError`: a condition keeps its batch dimension."
         if isinstance(index, int):
             raise LDMError(f"a Condition is indexed by a slice: [{index}:{index + 1}] rather than [{index}]")
         return self.map(lambda v: v[index])
@@ -58,9 +63,12 @@ class Condition:
     def where(self, keep: Bool[Tensor, "b"], null: "Condition") -> "Condition":
         "This condition in the rows where `keep` is true, `null` in the others (one row, or as many as this has)."
         _check_alike(self, null)
-        null = null.expand(len(self)).slots()
-        masks = {name: keep.to(v.device).view(-1, *[1] * (v.ndim - 1)) for name, v in self.slots().items()}
-        return Condition(**{name: torch.where(masks[name], v, null[name].to(v)) for name, v in self.slots().items()})
+        others = null.expand(len(self)).slots()
+        mixed = {}
+        for name, v in self.slots().items():
+            mask = keep.to(v.device).view(-1, *[1] * (v.ndim - 1))
+            mixed[name] = torch.where(mask, v, others[name].to(v))
+        return Condition(**mixed)
 
 
 def _check_alike(a: Condition, b: Condition) -> None:

@@ -23,9 +23,11 @@ class Guidance:
         self,
         denoise: Callable[..., Tensor],  # any denoiser f(x_t, t, cond) -> prediction
         null: Condition,  # what it was trained with where the condition was dropped; for one image, or for all
-        scale: float | int = 3.0,  # s: 0 ignores the condition, 1 is unguided, more leans on it
+        scale: float | int = 3.0,  # s: 0 ignores the condition, 1 is unguided, above 1 strengthens it
     ):
-        self.denoise, self.null, self.scale = denoise, null, scale
+        self.denoise = denoise
+        self.null = null
+        self.scale = scale
 
     def __call__(
         self,
@@ -33,12 +35,13 @@ class Guidance:
         t: Int[Tensor, "b"],
         cond: Condition | None = None,
     ) -> Float[Tensor, "b *shape"]:
-        "Both predictions in one doubled batch, mixed; at scale 1 a single plain call."
+        "Both predictions in one doubled batch, mixed; at scale 1 a single plain call. `LDMError` without a condition."
         if self.scale == 1:
             return self.denoise(x_t, t, cond)
         if cond is None:
-            raise LDMError(f"cond is missing: guidance with scale={self.scale} has nothing to lean on")
-        both = Condition.cat([self.null.expand(len(x_t)), cond])  # first without, then with
+            raise LDMError(f"cond is missing: guidance with scale={self.scale} needs a condition")
+        # first the images without their condition, then with it
+        both = Condition.cat([self.null.expand(len(x_t)), cond])
         eps_u, eps_c = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return eps_u + self.scale * (eps_c - eps_u)
 
@@ -46,7 +49,7 @@ class Guidance:
 def drop(
     cond: Condition,
     null: Condition,  # what stands for "no condition": for one image, or for as many as `cond`
-    p: float | int,  # how often (0.1 is customary; the paper names no rate)
+    p: float | int,  # share of the images that lose their condition (0.1 is customary; the paper names none)
     u: Float[Tensor, "b"],  # uniform in [0, 1), one number an image, drawn by the caller
 ) -> Condition:
     "The training half of classifier-free guidance: `null` where `u < p`, `cond` elsewhere."

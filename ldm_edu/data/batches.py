@@ -1,55 +1,89 @@
-"""One form of sample: its checks, and batches of any keys."""
+"""The one form of sample and batch of all data sets: `collate`, `batches`, and checks that the data sets share."""
+
+# A sample is a dict. A data set has a length, gives a sample for every index, and has an `identity()` that says what
+# decides its samples.
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from collections.abc import Iterable, Iterator, Sequence
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from typing import Any
+
 from ldm_edu.errors import DataError
 
+__all__ = ["collate", "batches"]
+
+RAGGED_KEYS = ("boxes", "instances", "captions")  # samples differ in how many they have, so a batch keeps lists
+
+
+@runtime_checkable
+class Samples(Protocol):
+    "Anything with a length that gives a sample for an index: a data set, or a list of dicts."
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> dict[str, Any]: ...
+
+
+@runtime_checkable
+class SampleDataset(Samples, Protocol):
+    "A data set that can say what decides its samples."
+
+    def identity(self) -> dict[str, Any]: ...
+
+
 def _check_split(split: str, known: Iterable[str]) -> None:
-    if split not in (known := tuple(known)):
+    "DataError where `split` is none of the known ones."
+    known = tuple(known)
+    if split not in known:
         raise DataError(f"split {split!r} does not exist; known: {', '.join(known)}")
 
 
 def _check_size(size: int) -> None:
+    "DataError where `size` is no number of pixels."
     if size < 1:
         raise DataError(f"size should be a number of pixels of at least 1, not {size}")
 
 
 def _check_keys(keys: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    "`keys` as a tuple; DataError where they are no list of known keys, or an empty one."
     unknown = [keys] if isinstance(keys, str) else [key for key in keys if key not in known]
     if unknown or not keys:
         raise DataError(f"keys should be a list of some of {', '.join(known)}; not {', '.join(unknown) or 'empty'}")
     return tuple(keys)
 
 
-RAGGED = ("boxes", "instances", "captions")  # as many as there are things in the image, or things to say
-
-
-def _join(key: str, values: list) -> Any:
-    "The values of one key of all samples, as one."
+def _join(key: str, values: list[Any]) -> Any:
+    "What all samples have under one key: one tensor where it can be stacked, else the list."
     if isinstance(values[0], (int, float)):
         return torch.tensor(values)
-    if key in RAGGED or not isinstance(values[0], Tensor):
+    if key in RAGGED_KEYS or not isinstance(values[0], Tensor):
         return values
-    if len(shapes := {tuple(value.shape) for value in values}) > 1:
+    shapes = {tuple(value.shape) for value in values}
+    if len(shapes) > 1:
         raise DataError(f"{key!r} has several shapes in one batch, {sorted(shapes)}: all samples need the same")
     return torch.stack(values)
 
 
 def collate(
-    samples: Sequence[dict],
-) -> dict:  # the same keys: tensors and numbers stacked along a new first dimension, all else in lists
-    "Samples as one batch."
+    samples: Sequence[dict[str, Any]],  # with the same keys
+) -> dict[str, Any]:
+    """Samples as one batch with the same keys.
+
+    Tensors and numbers are stacked along a new first dimension. Everything else becomes a list, and so do `boxes`,
+    `instances` and `captions`, of which one image has more than another. DataError where samples have different
+    keys, or tensors of one key different shapes.
+    """
     if not samples:
         raise DataError("a batch of no samples cannot be made")
-    if len(keys := {tuple(sorted(sample)) for sample in samples}) > 1:
+    keys = {tuple(sorted(sample)) for sample in samples}
+    if len(keys) > 1:
         raise DataError(f"samples of one batch have different keys: {sorted(keys)}")
     return {key: _join(key, [sample[key] for sample in samples]) for key in samples[0]}
 
 
-def index_batches(
+def _index_batches(
     length: int,  # of the data set
     batch_size: int,
     seed: int = 0,  # of the shuffling
@@ -60,22 +94,29 @@ def index_batches(
     end = length - batch_size + 1 if drop_last else length
     while True:
         order = torch.randperm(length, generator=generator).tolist()
-        yield from (order[i:i + batch_size] for i in range(0, end, batch_size))
+        yield from (order[i : i + batch_size] for i in range(0, end, batch_size))
 
 
 def batches(
-    dataset: Dataset | Sequence[dict],
+    dataset: Samples,
     batch_size: int,
     seed: int = 0,  # of the shuffling
     drop_last: bool = True,  # leave out the smaller batch at the end of a pass?
-    workers: int = 0,  # processes that read ahead
-) -> Iterator[dict]:
-    "Shuffled batches without end, decided by `seed` alone."
+    workers: int = 0,  # processes that read samples in advance
+) -> Iterator[dict[str, Any]]:
+    "Shuffled batches without end. Their order depends on `seed` alone, not on `workers` or on torch's global seed."
     length = len(dataset)
     if not length:
         raise DataError("the data set is empty: there is nothing to make batches of")
-    if batch_size < 1 or drop_last and batch_size > length:
+    if batch_size < 1 or (drop_last and batch_size > length):
         raise DataError(f"batch_size should be 1 to {length}, the number of samples, not {batch_size}")
-    order = index_batches(length, batch_size, seed, drop_last)
-    generator = torch.Generator().manual_seed(seed)  # else the loader would draw from the global stream
-    return iter(DataLoader(dataset, batch_sampler=order, collate_fn=collate, num_workers=workers, generator=generator))
+    # Without a generator of its own, the loader would draw from torch's global random stream.
+    generator = torch.Generator().manual_seed(seed)
+    loader = DataLoader(
+        cast(Dataset[dict[str, Any]], dataset),
+        batch_sampler=_index_batches(length, batch_size, seed, drop_last),
+        collate_fn=collate,
+        num_workers=workers,
+        generator=generator,
+    )
+    return iter(loader)

@@ -1,4 +1,30 @@
-"""Large files over connections that break: fetched, resumed, checked, unpacked, and cut down to what a lesson needs."""
+"""Data sets from the network: large files fetched over connections that break, checked, unpacked, and cut to a subset."""
+
+# What the module does, and why:
+#
+# Resuming. Bytes go to `name.part`; the file gets its own name only when it is whole and checked, by a rename. After a
+# break the rest is asked for, but only if the file at the server is still the same: its version (`ETag`, or the date of
+# its last change) is noted beside the part and sent as `If-Range`. Where a server sends no version, a download goes on
+# only if a checksum will tell in the end whether the pieces fit.
+#
+# Checks. A file that is not whole rarely looks broken. Sizes and checksums (SHA-256, or the MD5 sums that authors of
+# older data sets have published) are compared before a file is used, also where it was there already.
+#
+# Pages in place of files. Google Drive, where CelebA lies, answers with a web page when too many people have taken a file
+# (its quota), and so do networks that ask for a login. A page is never saved as a file: the error says what it tells. The
+# form with which Drive asks whether to download a large file anyway is answered.
+#
+# Archives. One whose members would be written outside the folder (absolute names, `..`, links) is refused as a whole,
+# before anything is written. Unpacking goes on after an interruption: a member that is there is whole.
+#
+# Subsets. Every beginning of the order of images is a fair sample of all splits, and is the same on every machine, so a
+# larger subset contains the smaller one. The list files are cut to the images that are there, and written last.
+#
+# What is there stays. Images are never replaced or removed. A list file is overwritten only if this module wrote it and
+# nobody has changed it since (`downloads/made.json` has the checksums).
+#
+# By hand. Where a program cannot get a file, the error says which page to open, which files to take, where to put them,
+# and which command goes on from there.
 
 import errno
 import hashlib
@@ -19,20 +45,27 @@ from dataclasses import dataclass
 from html import unescape
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlencode, urlsplit
 from urllib.request import Request, urlopen
+
 from ldm_edu.basics import progress
 from ldm_edu.checkpoints import atomic, load_json, save_json
 from ldm_edu.data.coco import COCO_FOLDERS
 from ldm_edu.data.folders import split_by_name
 from ldm_edu.errors import DownloadError, LDMError
 
+__all__ = ["fetch", "unpack", "download_celeba", "download_coco"]
+
+# ---- Is this the file?
+
+
 def checksum(
     path: str | Path,
     kind: str = "md5",  # or "sha256"
 ) -> str:
-    "Checksum of a file in hexadecimal digits, read in pieces: the file may be larger than the memory."
+    "The checksum of a file in hexadecimal digits. The file is read in pieces, so it may be larger than the memory."
     new = {"md5": lambda: hashlib.md5(usedforsecurity=False), "sha256": hashlib.sha256}[kind]
     with open(path, "rb") as file:
         return hashlib.file_digest(file, new).hexdigest()
@@ -43,8 +76,8 @@ def difference(
     size: int | None = None,  # bytes
     md5: str | None = None,
     sha256: str | None = None,
-) -> str | None:  # None: it is that file, as far as can be told
-    "In what a file differs from the one that was published; the cheapest question comes first."
+) -> str | None:  # None where it does not differ in what is known
+    "How a file differs from the published one: in size, or in a checksum (compared last, since it takes longest)."
     if size is not None and (there := Path(path).stat().st_size) != size:
         return f"has {there:,} bytes, not {size:,}"
     for kind, expected in (("sha256", sha256), ("md5", md5)):
@@ -53,14 +86,17 @@ def difference(
     return None
 
 
-class Interrupted(Exception):
-    "A connection that failed in a way that may pass; another try may succeed."
+# ---- Going on after a break
+
+
+class _Interrupted(Exception):
+    "A connection failed in a way that may pass: another try may succeed."
 
     def __init__(
         self,
         reason: str,
         wait: float = 0.0,  # seconds that the server asks us to wait
-        stale: bool = False,  # what came so far is of no use
+        stale: bool = False,  # are the bytes that came so far of no use?
     ):
         super().__init__(reason)
         self.wait, self.stale = wait, stale
@@ -68,17 +104,19 @@ class Interrupted(Exception):
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    "Reports what goes wrong when `path` is written as a DownloadError."
+    "Turns an OSError inside, where `path` is written, into a DownloadError that says what to do."
     try:
         yield
     except OSError as error:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise DownloadError(f"{path} cannot be written: {reason}; make room, or choose another folder. "
-                            "What came so far is kept, and the same command goes on from there") from error
+        raise DownloadError(
+            f"{path} cannot be written: {reason}; make room, or choose another folder. "
+            "What came so far is kept, and the same command goes on from there"
+        ) from error
 
 
 def _length(response: HTTPResponse) -> int | None:
-    "Bytes of the whole file that a response is, or is a part of; None where the server does not say."
+    "Bytes of the whole file, of which a response is all or a part; None where the server does not say."
     if response.status == 206:
         length = response.headers.get("Content-Range", "").rpartition("/")[2]
     else:
@@ -88,23 +126,24 @@ def _length(response: HTTPResponse) -> int | None:
 
 @dataclass
 class Partial:
-    "A file on its way: its bytes so far, and beside them a note of which version of which file they are."
+    "An unfinished download: the bytes so far, and beside them a note of their address and version."
+
     path: Path  # of the bytes so far
     url: str
     checked: bool  # will a checksum tell in the end whether the pieces fit?
 
     @property
     def note(self) -> Path:
-        "Where the version is written down."
+        "The file with the address and version of the bytes."
         return self.path.with_name(self.path.name + ".json")
 
     @property
     def have(self) -> int:
-        "How many bytes are there."
+        "The number of bytes that are there."
         return self.path.stat().st_size if self.path.exists() else 0
 
-    def version(self) -> dict:
-        "What is known of the bytes that are there; {} where there are none, or of another address."
+    def version(self) -> dict[str, Any]:
+        "The note on the bytes that are there; {} where there are none, or where they come from another address."
         try:
             known = load_json(self.note) if self.have else {}
         except LDMError:
@@ -112,12 +151,16 @@ class Partial:
         return known if known.get("url") == self.url else {}
 
     def drop(self) -> None:
-        "Throw away what came so far."
+        "Delete what came so far."
         for path in (self.path, self.note):
             path.unlink(missing_ok=True)
 
     def headers(self) -> dict[str, str]:
-        "Asks for the rest, if it is of the same version; {} asks for everything."
+        """Headers that ask for the rest if the file at the server is still of the same version.
+
+        {} asks for the whole file: nothing is there yet, or neither a version nor a checksum would tell whether
+        the pieces fit. A weak ETag (W/...) promises the same meaning, not the same bytes, and is not used.
+        """
         version = self.version()
         tag = version.get("etag") or ""
         same = tag if tag.startswith('"') else version.get("modified")
@@ -126,13 +169,17 @@ class Partial:
         return {"Range": f"bytes={self.have}-"} | ({"If-Range": same} if same else {})
 
     def begin(self, response: HTTPResponse) -> int | None:  # bytes of the whole file, where known
-        "Keep the bytes that are there if the response goes on from them, else start again."
+        """Keep the bytes that are there if the response goes on from them, else delete them and start again.
+
+        Status 206 announces the rest. It is accepted only if version and size agree with the note, and if the rest
+        begins where the bytes end; _Interrupted where they do not. Any other status brings the whole file.
+        """
         get, before = response.headers.get, self.version()
         now = {"url": self.url, "etag": get("ETag"), "modified": get("Last-Modified"), "size": _length(response)}
         if response.status == 206:
             changed = [key for key in now if now[key] and before.get(key) and now[key] != before[key]]
             if changed or not get("Content-Range", "").startswith(f"bytes {self.have}-"):
-                raise Interrupted("the file has changed at the server since the first part came", stale=True)
+                raise _Interrupted("the file has changed at the server since the first part came", stale=True)
             return now["size"] or before.get("size")
         self.drop()
         with _writing(self.note):
@@ -140,20 +187,23 @@ class Partial:
         return now["size"]
 
 
-QUOTA = re.compile(r"quota exceeded|too many users have viewed or downloaded", re.I)
+# ---- Answers that are no file
 
 
-def page_says(page: str) -> str:
-    "What a web page that came in place of a file wants to tell."
-    if QUOTA.search(page):
+_QUOTA = re.compile(r"quota exceeded|too many users have viewed or downloaded", re.I)
+
+
+def _page_message(page: str) -> str:
+    "What a web page that came in place of a file tells: that a quota is used up, or its title."
+    if _QUOTA.search(page):
         return "Google Drive's limit for this file is used up, many people took it; it usually opens again within a day"
     title = re.search(r"<title[^>]*>(.*?)</title>", page, re.S | re.I)
     named = f' ("{unescape(" ".join(title[1].split()))}")' if title else ""
     return f"a web page came in place of the file{named}; does this network, or the publisher, ask for a login?"
 
 
-def confirmation(page: str) -> str | None:
-    "The address behind Google Drive's `download anyway`; None where a page is no such form."
+def _confirmed_address(page: str) -> str | None:
+    "The address behind the button `download anyway` of Google Drive; None where the page has no such form."
     form = re.search(r'<form[^>]*id="download-form"[^>]*action="([^"]+)"(.*?)</form>', page, re.S)
     if form is None:
         return None
@@ -161,51 +211,62 @@ def confirmation(page: str) -> str | None:
     return unescape(form[1]) + "?" + urlencode([(name, unescape(value)) for name, value in fields])
 
 
-PASSING = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses that may be gone at the next try
-MEANINGS = {401: "asks for a login", 403: "refuses to give it", 404: "has no such file", 410: "no longer has it",
-            429: "asks for a pause", 503: "is overloaded"}
-LONGEST_WAIT = 60.0  # seconds, whatever a server asks for
-PAGE = 1 << 18  # bytes of a page that are read
+_PASSING_STATUSES = (408, 425, 429, 500, 502, 503, 504)  # HTTP statuses of errors that may pass
+_STATUS_MEANINGS = {
+    401: "asks for a login",
+    403: "refuses to give it",
+    404: "has no such file",
+    410: "no longer has it",
+    429: "asks for a pause",
+    503: "is overloaded",
+}
+_LONGEST_WAIT = 60.0  # seconds, even if a server asks for more
+_PAGE_BYTES = 1 << 18  # of a web page, that are read
 
 
-def _refused(error: HTTPError, url: str) -> DownloadError | Interrupted:
-    "An HTTP error as ours: final, or worth another try."
-    said = f"{urlsplit(url).netloc} {MEANINGS.get(error.code, 'failed')} ({error.code} {error.reason})"
-    page = error.read(PAGE).decode(errors="replace")
+def _http_error(error: HTTPError, url: str) -> DownloadError | _Interrupted:
+    "The error for an HTTP status: _Interrupted where another try may succeed, else DownloadError."
+    said = f"{urlsplit(url).netloc} {_STATUS_MEANINGS.get(error.code, 'failed')} ({error.code} {error.reason})"
+    page = error.read(_PAGE_BYTES).decode(errors="replace")
     after = error.headers.get("Retry-After", "")
-    if QUOTA.search(page):
-        return DownloadError(f"{url}: {page_says(page)}")
-    if error.code in PASSING or error.code == 416:  # 416: the part is longer than the file
-        wait = min(float(after), LONGEST_WAIT) if after.isdigit() else 0.0
-        return Interrupted(said, wait, stale=error.code == 416)
+    if _QUOTA.search(page):
+        return DownloadError(f"{url}: {_page_message(page)}")
+    # 416: the part that is here is longer than the file at the server.
+    if error.code in _PASSING_STATUSES or error.code == 416:
+        wait = min(float(after), _LONGEST_WAIT) if after.isdigit() else 0.0
+        return _Interrupted(said, wait, stale=error.code == 416)
     return DownloadError(f"{url}: {said}; was it moved?")
 
 
-def connect(url: str, headers: dict[str, str], timeout: float) -> HTTPResponse:
-    "An answer that is a file; Interrupted or DownloadError where it is none."
-    for _ in range(2):
+def _connect(url: str, headers: dict[str, str], timeout: float) -> HTTPResponse:
+    "A response with a file; _Interrupted or DownloadError where the server sends an error or a web page."
+    page = ""
+    for _ in range(2):  # the second time for the address behind a form
         if urlsplit(url).scheme not in ("http", "https"):
             raise DownloadError(f"url should begin with http:// or https://, not {url!r}")
         try:
             response = urlopen(Request(url, headers={"User-Agent": "ldm_edu"} | headers), timeout=timeout)
         except HTTPError as error:
             with error:
-                raise _refused(error, url) from error
+                raise _http_error(error, url) from error
         if response.headers.get_content_type() != "text/html":
             return response
         with response:
-            page = response.read(PAGE).decode(errors="replace")
-        if (form := confirmation(page)) is None:
+            page = response.read(_PAGE_BYTES).decode(errors="replace")
+        if (form := _confirmed_address(page)) is None:
             break
         url = form
-    raise DownloadError(f"{url}: {page_says(page)}")
+    raise DownloadError(f"{url}: {_page_message(page)}")
 
 
-BLOCK = 1 << 20  # bytes that are read at a time
+# ---- Fetching
 
 
-def as_bytes(n: int | float) -> str:
-    "A number of bytes for people, such as 1.4 GB."
+_BLOCK_BYTES = 1 << 20  # read at a time
+
+
+def _as_bytes(n: int | float) -> str:
+    "A number of bytes as text, such as 1.4 GB."
     for unit in ("bytes", "kB", "MB"):
         if n < 1000:
             return f"{n:.3g} {unit}"
@@ -217,26 +278,28 @@ def _check_room(folder: Path, need: int) -> None:
     "DownloadError where the disk has less than `need` bytes left."
     free = shutil.disk_usage(folder).free
     if need > free:
-        raise DownloadError(f"{folder}: {as_bytes(need)} more are needed, and the disk has {as_bytes(free)} left; "
-                            "make room, or choose another folder")
+        raise DownloadError(
+            f"{folder}: {_as_bytes(need)} more are needed, and the disk has {_as_bytes(free)} left; "
+            "make room, or choose another folder"
+        )
 
 
-def receive(
-    partial: Partial,  # goes on from what it has
+def _receive(
+    partial: Partial,  # new bytes are appended to it
     size: int | None,  # bytes of the whole file, where that is known from elsewhere
     timeout: float,  # seconds without a byte
 ) -> None:
-    "One connection. Interrupted where another may help; what came until then is kept."
+    "Receive a file over one connection. _Interrupted where another may bring more; what came until then is kept."
     try:
-        with connect(partial.url, partial.headers(), timeout) as response:
+        with _connect(partial.url, partial.headers(), timeout) as response:
             total = partial.begin(response)
             if None not in (size, total) and size != total:
                 raise DownloadError(f"{partial.url} has {total:,} bytes now, not {size:,}: another file lies there")
             left = max((total or 0) - partial.have, 0)
             _check_room(partial.path.parent, left)
-            blocks = iter(lambda: response.read(BLOCK), b"")
-            if left > BLOCK:
-                blocks = progress(blocks, f"{partial.path.stem}, MiB", -(-left // BLOCK))
+            blocks = iter(lambda: response.read(_BLOCK_BYTES), b"")
+            if left > _BLOCK_BYTES:
+                blocks = progress(blocks, f"{partial.path.stem}, MiB", -(-left // _BLOCK_BYTES))
             with _writing(partial.path):
                 file = partial.path.open("ab")
             with file:
@@ -246,22 +309,28 @@ def receive(
                         file.flush()
     except (OSError, HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise Interrupted(f"no connection to {urlsplit(partial.url).netloc} ({reason})") from error
+        raise _Interrupted(f"no connection to {urlsplit(partial.url).netloc} ({reason})") from error
     if total is not None and partial.have < total:
-        raise Interrupted(f"the connection broke after {partial.have:,} of {total:,} bytes")
+        raise _Interrupted(f"the connection broke after {partial.have:,} of {total:,} bytes")
 
 
 def fetch(
     url: str,
-    path: str | Path,  # of the file that it becomes
-    sha256: str | None = None,  # checksum, where it is known
+    path: str | Path,  # of the finished file
+    sha256: str | None = None,  # checksums, where they are known
     md5: str | None = None,
     size: int | None = None,  # bytes, where that is known
-    tries: int = 4,  # that bring nothing new, before giving up
+    tries: int = 4,  # give up after so many tries that bring nothing new
     wait: float = 1.0,  # seconds before the second try; doubled each time
     timeout: float = 30.0,  # seconds without a byte
 ) -> Path:
-    "`path`, fetched from `url` unless it is there. Goes on with a broken download; the result is whole and checked."
+    """Download `url` to `path`, unless it is there. Goes on with an interrupted download.
+
+    A file appears at `path` only when it is whole and has the size and the checksums that are given. What came of an
+    unfinished one is kept in `<path>.part`. DownloadError says what is wrong and what to do: a file that is there
+    and differs, a page in place of a file (a login, Google Drive's quota), a server that refuses or breaks off
+    `tries` times in a row, a full disk.
+    """
     path = Path(path)
     if path.exists():
         if differs := difference(path, size, md5, sha256):
@@ -273,20 +342,23 @@ def fetch(
     _complete(partial, size, tries, wait, timeout)
     if differs := difference(partial.path, size, md5, sha256):
         partial.drop()
-        raise DownloadError(f"{url}: what came {differs}, and was thrown away; try again, and if that changes nothing, "
-                            "the publisher has put another file there")
+        raise DownloadError(
+            f"{url}: what came {differs}, and was thrown away; try again, and if that changes nothing, "
+            "the publisher has put another file there"
+        )
     os.replace(partial.path, path)
     partial.drop()
     return path
 
 
 def _complete(partial: Partial, size: int | None, tries: int, wait: float, timeout: float) -> None:
-    "Connect until the file is whole; DownloadError after `tries` that brought nothing new."
-    failures, most = 0, partial.have
+    "Connect until the file is whole; DownloadError after `tries` connections in a row that brought nothing new."
+    failures = 0
+    most = partial.have
     while not partial.have or partial.have != partial.version().get("size"):
         try:
-            return receive(partial, size, timeout)
-        except Interrupted as interruption:
+            return _receive(partial, size, timeout)
+        except _Interrupted as interruption:
             if interruption.stale:
                 partial.drop()
             failures = 0 if partial.have > most else failures + 1
@@ -297,10 +369,10 @@ def _complete(partial: Partial, size: int | None, tries: int, wait: float, timeo
 
 
 def fetch_all(
-    addresses: Mapping[Path, str],  # for every file that is wanted, its address
+    addresses: Mapping[Path, str],  # for the path of every file its address
     workers: int = 8,  # connections at a time
 ) -> None:
-    "Many small files, several at a time; the first that cannot be had ends it, and those that came stay."
+    "Download many small files, several at a time. The first failure ends it; files that have arrived stay."
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(fetch, url, path) for path, url in addresses.items()]
         try:
@@ -311,8 +383,11 @@ def fetch_all(
             raise
 
 
-def stays_inside(member: zipfile.ZipInfo) -> bool:
-    "Is a member of an archive a plain file or folder, with a name that leads nowhere else?"
+# ---- Unpacking
+
+
+def _stays_inside(member: zipfile.ZipInfo) -> bool:
+    "Would a member of an archive be written inside the folder? Not if it is a link or its name leads elsewhere."
     name = member.filename.replace("\\", "/")
     link = stat.S_ISLNK(member.external_attr >> 16)
     return not (link or name.startswith("/") or ":" in name or ".." in name.split("/"))
@@ -320,19 +395,21 @@ def stays_inside(member: zipfile.ZipInfo) -> bool:
 
 @contextmanager
 def _reading(archive: Path) -> Iterator[zipfile.ZipFile]:
-    "An open zip archive; DownloadError names one that is damaged, or whose names lead elsewhere."
+    "An open zip archive; DownloadError names one that is damaged, or with a member outside the folder."
     try:
         with zipfile.ZipFile(archive) as file:
-            if bad := [member.filename for member in file.infolist() if not stays_inside(member)]:
-                raise DownloadError(f"{archive}: its member {bad[0]!r} would be written outside the folder. This is "
-                                    "not the official file: remove it. Nothing was unpacked")
+            if bad := [member.filename for member in file.infolist() if not _stays_inside(member)]:
+                raise DownloadError(
+                    f"{archive}: its member {bad[0]!r} would be written outside the folder. This is "
+                    "not the official file: remove it. Nothing was unpacked"
+                )
             yield file
     except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
         raise DownloadError(f"{archive} is not a whole zip archive ({error}); remove it and get it again") from error
 
 
 def _extract(file: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
-    "One member, whole or not at all. (`atomic` waits for the disk each time, too long for 200,000 images.)"
+    "Write one member, whole or not at all. (`atomic` waits for the disk each time: too slow for 200,000 images.)"
     temporary = path.with_name(f".{path.name}.part")
     try:
         with file.open(member) as source, temporary.open("wb") as sink:
@@ -344,10 +421,14 @@ def _extract(file: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None
 
 def unpack(
     archive: str | Path,  # a zip file
-    folder: str | Path,  # its members go here, under their own names
+    folder: str | Path,  # where its members go, under their own names
     wanted: Callable[[str], bool] = lambda name: not name.startswith("__MACOSX/"),  # which members
-) -> list[Path]:  # all that are wanted
-    "Unpack the wanted files that are not there yet; what is there stays as it is."
+) -> list[Path]:  # of all wanted members, also of those that were there
+    """Unpack the wanted members that are not there yet. Files that are there stay as they are.
+
+    DownloadError where the archive is damaged, where the disk has no room, or where a member would be written
+    outside the folder (an absolute name, `..`, a link). In the last two cases nothing is unpacked.
+    """
     archive, folder = Path(archive), Path(folder)
     with _reading(archive) as file:
         members = [member for member in file.infolist() if not member.is_dir() and wanted(member.filename)]
@@ -362,10 +443,18 @@ def unpack(
     return [folder / member.filename for member in members]
 
 
-def spread(
+# ---- Subsets
+
+
+def fair_order(
     groups: Mapping[str, str],  # for every file name, its split
 ) -> list[str]:
-    "All names in an order of which every beginning is a fair sample: shuffled, with the splits in their proportions."
+    """All names in an order of which every beginning is a fair sample: shuffled, with the splits in their proportions.
+
+    Each split is shuffled by a checksum of the names, so that the order is the same on every machine. The k-th of the
+    N files of a split, counted from 0, gets the place (k + 1/2) / N, and the order is that of the places. In every
+    beginning, each of three splits is less than one file away from its share.
+    """
     members = defaultdict(list)
     for name in sorted(groups, key=lambda name: (zlib.crc32(name.encode()), name)):
         members[groups[name]].append(name)
@@ -373,50 +462,55 @@ def spread(
     return sorted(place, key=lambda name: (place[name], name))
 
 
-def cut_list(
+def subset_list(
     text: str,  # one of CelebA's lists: a file name at the beginning of each line
-    names: Sequence[str],  # that stay
+    names: Sequence[str],  # of the files that stay
 ) -> str:
-    "The lines of a list that belong to `names`; where it begins with a count, with the new one."
-    lines, names = text.splitlines(keepends=True), set(names)
+    "The lines of a list that belong to `names`. Where the list begins with a count, the count is adjusted."
+    lines = text.splitlines(keepends=True)
+    kept = set(names)
     header = 2 if lines and lines[0].strip().isdigit() else 0
-    rows = [line for line in lines[header:] if line.split()[:1] and line.split()[0] in names]
+    rows = [line for line in lines[header:] if line.split()[:1] and line.split()[0] in kept]
     if header:
         lines[0] = lines[0].replace(lines[0].strip(), str(len(rows)))
     return "".join(lines[:header] + rows)
 
 
-def cut_annotations(
-    content: dict,  # one of COCO's JSON files
+def subset_annotations(
+    content: dict[str, Any],  # of one of COCO's JSON files
     names: Sequence[str],  # file names of the images that stay
-) -> dict:
-    "COCO's annotations of some images only; licences, categories and the rest stay."
-    names = set(names)
-    images = [image for image in content["images"] if image["file_name"] in names]
+) -> dict[str, Any]:
+    "The entries of some images, and their annotations; licences, categories and everything else stay."
+    kept = set(names)
+    images = [image for image in content["images"] if image["file_name"] in kept]
     numbers = {image["id"] for image in images}
     notes = [note for note in content["annotations"] if note["image_id"] in numbers]
     return content | {"images": images, "annotations": notes}
 
 
+# ---- Where the official files are
+
+
 @dataclass(frozen=True)
 class Remote:
-    "A file that is published: where it lies and how it is recognised."
+    "A published file: its address, and how it is recognised."
+
     name: str
     url: str
     size: int | None = None  # bytes
     md5: str | None = None
     sha256: str | None = None
-    page: str = ""  # where a person begins to look for it
-    listed: str = ""  # what it is called there
+    page: str = ""  # the web page where a person finds it
+    listed: str = ""  # its name on that page
 
     def difference(self, path: Path) -> str | None:
-        "In what a file differs from this one."
+        "How a file differs from this one; None where it does not."
         return difference(path, self.size, self.md5, self.sha256)
 
 
-DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
-CELEBA_PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
-CELEBA_FILES = {  # what it is called on the page, and its size in bytes as TensorFlow Datasets has recorded it
+_DRIVE = "https://drive.usercontent.google.com/download?export=download&confirm=t&id="
+_CELEBA_PAGE = "https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html"
+_CELEBA_FILES = {  # name on the page, and bytes as TensorFlow Datasets has recorded them
     "list_attr_celeba.txt": ("Anno/list_attr_celeba.txt", 26_721_026),
     "list_eval_partition.txt": ("Eval/list_eval_partition.txt", 2_836_386),
     "img_align_celeba.zip": ("Img/img_align_celeba.zip", 1_443_490_838),
@@ -424,34 +518,47 @@ CELEBA_FILES = {  # what it is called on the page, and its size in bytes as Tens
 
 
 def celeba_files(
-    server: str = DRIVE,  # what stands before a file's number in its address
+    server: str = _DRIVE,  # the beginning of an address, before the file's id
 ) -> dict[str, Remote]:
-    "CelebA's official files, by name; their numbers on Google Drive and MD5 sums are torchvision's."
+    "CelebA's official files, by name. Their ids on Google Drive and MD5 sums are those that torchvision knows."
     from torchvision.datasets import CelebA
 
     known = {name: (number, md5) for number, md5, name in CelebA.file_list}
-    if lacking := set(CELEBA_FILES) - set(known):
-        raise DownloadError(f"this torchvision does not know of {', '.join(sorted(lacking))}; see {CELEBA_PAGE}")
-    return {name: Remote(name, server + known[name][0], size, known[name][1], page=CELEBA_PAGE, listed=listed)
-            for name, (listed, size) in CELEBA_FILES.items()}
+    if lacking := set(_CELEBA_FILES) - set(known):
+        raise DownloadError(f"this torchvision does not know of {', '.join(sorted(lacking))}; see {_CELEBA_PAGE}")
+    return {
+        name: Remote(name, server + known[name][0], size, known[name][1], page=_CELEBA_PAGE, listed=listed)
+        for name, (listed, size) in _CELEBA_FILES.items()
+    }
 
 
-COCO_SERVER = "http://images.cocodataset.org"  # not https: its certificate is for another name
-COCO_PAGE = "https://cocodataset.org/#download"
-COCO_FILES = {  # where it lies, its size in bytes, its SHA-256
+_COCO_SERVER = "http://images.cocodataset.org"  # not https: its certificate has another name
+_COCO_PAGE = "https://cocodataset.org/#download"
+COCO_FILES = {  # folder at the server, bytes, SHA-256
     "train2017.zip": ("zips", 19_336_861_798, "69a8bb58ea5f8f99d24875f21416de2e9ded3178e903f1f7603e283b9e06d929"),
     "val2017.zip": ("zips", 815_585_330, "4f7e2ccb2866ec5041993c9cf2a952bbed69647b115d0f74da7ce8f4bef82f05"),
     "annotations_trainval2017.zip": (
-        "annotations", 252_907_541, "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268"),
+        "annotations",
+        252_907_541,
+        "113a836d90195ee1f884e704da6304dfaaecff1f023f49b6ca93c4aaae470268",
+    ),
     "panoptic_annotations_trainval2017.zip": (
-        "annotations", 860_725_834, "c05f76d2129b6b561eb70efe16e7006df62f73fb92889132d373b9d90e31a370"),
+        "annotations",
+        860_725_834,
+        "c05f76d2129b6b561eb70efe16e7006df62f73fb92889132d373b9d90e31a370",
+    ),
 }
 
 
-def coco_files(server: str = COCO_SERVER) -> dict[str, Remote]:
-    "COCO's official files, by name; sizes and SHA-256 sums as TensorFlow Datasets has recorded them."
-    return {name: Remote(name, url := f"{server}/{folder}/{name}", size, sha256=sha256, page=COCO_PAGE, listed=url)
-            for name, (folder, size, sha256) in COCO_FILES.items()}
+def coco_files(server: str = _COCO_SERVER) -> dict[str, Remote]:
+    "COCO's official files, by name. Sizes and SHA-256 sums are those that TensorFlow Datasets has recorded."
+    return {
+        name: Remote(name, url := f"{server}/{folder}/{name}", size, sha256=sha256, page=_COCO_PAGE, listed=url)
+        for name, (folder, size, sha256) in COCO_FILES.items()
+    }
+
+
+# ---- Terms, and a folder for each data set
 
 
 TERMS = {
@@ -465,87 +572,94 @@ TERMS = {
   - COCO owns none of the images: each has a licence of its own (`images[].license` in the annotations), and
     Flickr's terms of use apply to them. Some licences forbid commercial use.""",
 }
-INSIDE = {"celeba": "img_align_celeba", "coco": "annotations"}  # a folder by which the data set is recognised
+_INSIDE = {"celeba": "img_align_celeba", "coco": "annotations"}  # a folder by which the data set is recognised
 
 
-def home(
+def dataset_folder(
     name: str,  # "celeba" or "coco"
     data_dir: str | Path,
 ) -> Path:
-    "The data set's own folder: `data_dir` itself where the data set lies there already, else a folder in it."
-    if name not in INSIDE:
-        raise DownloadError(f"data set {name!r} cannot be downloaded; known: {', '.join(INSIDE)}")
+    "The data set's folder: `data_dir` itself where the data set lies there already, else a folder in it."
+    if name not in _INSIDE:
+        raise DownloadError(f"data set {name!r} cannot be downloaded; known: {', '.join(_INSIDE)}")
     data_dir = Path(data_dir).expanduser()
-    return data_dir if (data_dir / INSIDE[name]).is_dir() else data_dir / name
+    return data_dir if (data_dir / _INSIDE[name]).is_dir() else data_dir / name
 
 
-def accepted(name: str, data_dir: str | Path) -> bool:
-    "Were the terms, as they stand here, accepted for this folder?"
-    path = home(name, data_dir) / "downloads" / "terms.json"
+def terms_accepted(name: str, data_dir: str | Path) -> bool:
+    "Were the data set's terms, in the form that they have here, accepted for this folder?"
+    path = dataset_folder(name, data_dir) / "downloads" / "terms.json"
     return path.exists() and load_json(path).get("accepted") == TERMS[name]
 
 
-def accept(name: str, data_dir: str | Path) -> None:
-    "Write down that the terms were accepted."
-    path = home(name, data_dir) / "downloads" / "terms.json"
+def accept_terms(name: str, data_dir: str | Path) -> None:
+    "Note in the data set's folder that its terms were accepted."
+    path = dataset_folder(name, data_dir) / "downloads" / "terms.json"
     with _writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         save_json({"accepted": TERMS[name]}, path)
 
 
-def by_hand(
+# ---- Getting files, by program or by hand
+
+
+def _manual_steps(
     missing: Sequence[Remote],
     folder: Path,  # where they should go
     again: str,  # the command that goes on from there
 ) -> str:
-    "What a person does where a program cannot."
-    files = "".join(f"\n       {r.listed or r.url}{f' ({as_bytes(r.size)})' if r.size else ''}" for r in missing)
-    return (f"By hand it goes like this:\n"
-            f"  1. open {missing[0].page or missing[0].url} in a browser\n"
-            f"  2. take{files}\n"
-            f"  3. put {'them' if len(missing) > 1 else 'it'} into {folder}, still packed, under the same name\n"
-            f"  4. go on with: {again}")
+    "Instructions for getting files with a browser, where a program cannot get them."
+    files = "".join(f"\n       {r.listed or r.url}{f' ({_as_bytes(r.size)})' if r.size else ''}" for r in missing)
+    return (
+        f"By hand it goes like this:\n"
+        f"  1. open {missing[0].page or missing[0].url} in a browser\n"
+        f"  2. take{files}\n"
+        f"  3. put {'them' if len(missing) > 1 else 'it'} into {folder}, still packed, under the same name\n"
+        f"  4. go on with: {again}"
+    )
 
 
 @dataclass(frozen=True)
-class Place:
-    "Where a data set goes, and the command that goes on with it."
+class _Place:
+    "The folder of a data set, and the command that goes on with its download."
+
     root: Path
     again: str
 
     @property
     def downloads(self) -> Path:
-        "Where the official files are kept, as they came."
+        "The folder where the official files are kept as they came."
         return self.root / "downloads"
 
     def find(self, remote: Remote) -> Path | None:
-        "The official file, where it lies here already; DownloadError where what lies here under its name is another."
+        "The official file where it is here already, else None; DownloadError where another file has its name."
         for path in (self.downloads / remote.name, self.root / remote.name):
             if not path.exists():
                 continue
             if not (differs := remote.difference(path)):
                 return path
-            if path.parent == self.downloads or path.suffix == ".zip":  # a list beside the images may be cut down
+            # A list beside the images may differ: it may be cut to a subset.
+            if path.parent == self.downloads or path.suffix == ".zip":
                 raise DownloadError(f"{path} {differs}: it is not whole, or another file. Remove it")
         return None
 
     @contextmanager
     def or_by_hand(self, *missing: Remote) -> Iterator[None]:
-        "Adds to a DownloadError how a person gets the missing files."
+        "Adds to a DownloadError inside how a person gets the missing files."
         try:
             yield
         except DownloadError as error:
-            raise DownloadError(f"{error}\n{by_hand(missing, self.downloads, self.again)}") from error
+            raise DownloadError(f"{error}\n{_manual_steps(missing, self.downloads, self.again)}") from error
 
     def obtain(
         self,
         *remotes: Remote,  # what is needed now
-        later: Sequence[Remote] = (),  # what will be needed: somebody who fetches by hand does not want to come twice
+        later: Sequence[Remote] = (),  # what will be needed afterwards: instructions by hand name all of it at once
     ) -> list[Path]:
-        "Official files, found here or fetched; where that fails, the error says how to do it by hand."
+        "Official files, found here or fetched. Where that fails, the error says how to get them by hand."
         paths = []
         for i, remote in enumerate(remotes):
-            others = (*remotes[i + 1:], *later)
+            others = (*remotes[i + 1 :], *later)
             missing = [r for r in others if not any((p / r.name).exists() for p in (self.downloads, self.root))]
             with self.or_by_hand(remote, *missing):
                 found, path = self.find(remote), self.downloads / remote.name
@@ -553,57 +667,66 @@ class Place:
         return paths
 
     def absent(self, folder: str, names: Sequence[str]) -> list[str]:
-        "Those of the files that are not in a folder."
+        "The files that are not in a folder."
         path = self.root / folder
         there = {entry.name for entry in os.scandir(path)} if path.is_dir() else set()
         return [name for name in names if name not in there]
 
 
+# ---- List files, of which only our own are overwritten
+
+
 @dataclass(frozen=True)
-class Lists:
-    "The list files of a data set in `root`, of which we overwrite only those that we wrote ourselves."
+class _ListFiles:
+    "The list files of a data set in `root`. Only lists that this module wrote are ever overwritten."
+
     root: Path
 
     @property
     def record(self) -> Path:
-        "Where we keep what we have written: for each list its MD5 sum, and whether it was cut down."
+        "The file with a record of the lists written here: for each its MD5 sum, and whether it was cut to a subset."
         return self.root / "downloads" / "made.json"
 
     def made(self) -> dict[str, dict]:
-        "The record; {} where there is none."
+        "The record of written lists; {} where there is none."
         return load_json(self.record) if self.record.exists() else {}
 
     def is_ours(self, name: str) -> bool:
-        "Did we write this list, and is it still as we wrote it?"
+        "Was this list written here, and is it unchanged since?"
         path, mark = self.root / name, self.made().get(name)
         return mark is not None and path.exists() and mark["md5"] == checksum(path)
 
     def was_cut(self, name: str) -> bool:
-        "Is this a list that we have cut down?"
+        "Was this list written here and cut to a subset?"
         return self.is_ours(name) and self.made()[name]["cut"]
 
     def plan(
         self,
-        official: Mapping[str, bytes],  # lists as they were published, by their place in `root`
-        cut: Callable[[bytes], bytes] | None,  # makes one that names fewer images; None: all are wanted
+        official: Mapping[str, bytes],  # lists as they were published, by their path in `root`
+        cut: Callable[[bytes], bytes] | None,  # cuts a list to the wanted images; None: all are wanted
     ) -> dict[str, bytes]:
-        "What the lists should hold: the official content where that is there already. DownloadError where others' are."
+        """What the lists should hold: the official content where it is there already, else the content after `cut`.
+
+        DownloadError where a list is there that was not written here. This is asked before any image is fetched.
+        """
         planned = {}
         for name, content in official.items():
             path = self.root / name
             there = path.read_bytes() if path.exists() else None
             planned[name] = content if cut is None or there == content else cut(content)
             if there not in (None, planned[name]) and not self.is_ours(name):
-                raise DownloadError(f"{path} is there, and was not made by this command, so it is not overwritten: "
-                                    "move it away, or choose another folder with --data-dir")
+                raise DownloadError(
+                    f"{path} is there, and was not made by this command, so it is not overwritten: "
+                    "move it away, or choose another folder with --data-dir"
+                )
         return planned
 
     def write(
         self,
-        planned: Mapping[str, bytes],  # what `plan` gave
-        official: Mapping[str, bytes],  # and what it was given
+        planned: Mapping[str, bytes],  # from `plan`
+        official: Mapping[str, bytes],  # that `plan` was given
     ) -> None:
-        "Write the lists that are not there in just this form, and remember that they are ours."
+        "Write the lists that are not there in this form, and record that they were written here."
         for name, content in planned.items():
             path = self.root / name
             if path.exists() and path.read_bytes() == content:
@@ -617,8 +740,11 @@ class Lists:
                 save_json(self.made() | {name: mark}, self.record)
 
 
-def command(name: str, data_dir: str | Path, **options: object) -> str:
-    "The command line that does the same as a call here; options that are None or False are left out."
+# ---- CelebA
+
+
+def _command(name: str, data_dir: str | Path, **options: object) -> str:
+    "The command line that does the same as a function here; options that are None or False are left out."
     words = ["ldm-edu", "data", name, "--data-dir", str(data_dir)]
     for option, value in options.items():
         if value is not None and value is not False:
@@ -632,44 +758,44 @@ def _check_n(n: int | None) -> None:
         raise DownloadError(f"n should be a number of images of at least 1, or None for all, not {n}")
 
 
-def names_in(text: str) -> list[str]:
+def _listed_files(text: str) -> list[str]:
     "The file names in one of CelebA's lists."
     rows = [line.split() for line in text.splitlines() if line.strip()]
     return [row[0] for row in (rows[2:] if rows and len(rows[0]) == 1 else rows)]
 
 
-def enough(
-    place: Place,
+def _is_complete(
+    place: _Place,
     listing: str,  # the list that says what belongs to the data set
     names: Sequence[str],  # the images that it names
     folder: str,  # where they are
     n: int | None,  # how many are wanted; None: all
 ) -> bool:
-    "Are the images there that were asked for? Then nothing needs to be fetched, and no network is needed."
+    "Are all wanted images there? Then nothing is fetched, and no network is needed."
     there = len(names) - len(place.absent(folder, names))
-    whole = there == len(names) > 0 and not Lists(place.root).was_cut(listing)
+    whole = there == len(names) > 0 and not _ListFiles(place.root).was_cut(listing)
     return whole or (n is not None and there >= n)
 
 
-def _choose(
-    place: Place,
+def _choose_names(
+    place: _Place,
     folder: str,  # where the images are
     groups: Mapping[str, str],  # for every image of the data set, its split
     n: int | None,  # how many are wanted; None: all
 ) -> list[str]:
-    "The first `n` images of the order, and those that are there anyway: a subset grows, and never shrinks."
+    "The first `n` images in the fair order, and all that are there already: a subset grows and never shrinks."
     absent = set(place.absent(folder, list(groups)))
-    return [name for i, name in enumerate(spread(groups)) if n is None or i < n or name not in absent]
+    return [name for i, name in enumerate(fair_order(groups)) if n is None or i < n or name not in absent]
 
 
 def _unpack_missing(
-    place: Place,
+    place: _Place,
     folder: str,  # where the images should be
     names: Sequence[str],  # that are wanted
-    archive: Remote,  # they are in
-    found: Path | None = None,  # where it lies, if that is known
+    archive: Remote,  # that has them
+    found: Path | None = None,  # the archive here, where it was found already
 ) -> None:
-    "Those of the images that are not there yet, from an official archive."
+    "Unpack the images that are not there yet from an official archive."
     if not (missing := place.absent(folder, names)):
         return
     path = found or place.obtain(archive)[0]
@@ -683,32 +809,41 @@ def download_celeba(
     n: int | None = None,  # how many images; None: all 202,599
     files: Mapping[str, Remote] | None = None,  # where the official files lie; default: `celeba_files()`
 ) -> Path:  # the data set's folder, for `CelebA`
-    "CelebA, or `n` of its images with the lists cut down to them. See TERMS: by calling this you accept them."
+    """CelebA, or `n` of its images with the lists cut to them. See `TERMS`: by calling this you accept them.
+
+    What is there already is not fetched again; a larger `n` adds images. The lists are written last, so that they
+    never name an image that has not arrived. DownloadError says how to get by hand what cannot be fetched.
+    """
     _check_n(n)
-    place = Place(home("celeba", data_dir), command("celeba", data_dir, subset=n))
-    attributes, partition, folder = "list_attr_celeba.txt", "list_eval_partition.txt", "img_align_celeba"
+    place = _Place(dataset_folder("celeba", data_dir), _command("celeba", data_dir, subset=n))
+    attributes = "list_attr_celeba.txt"
+    partition = "list_eval_partition.txt"
+    folder = "img_align_celeba"
     path = place.root / attributes
-    before = names_in(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
-    if enough(place, attributes, before, folder, n):
+    before = _listed_files(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
+    if _is_complete(place, attributes, before, folder, n):
         return place.root
     files = files or celeba_files()
     archive = files["img_align_celeba.zip"]
     paths = place.obtain(files[attributes], files[partition], later=[archive])
-    texts = dict(zip((attributes, partition), (path.read_bytes() for path in paths)))
+    texts: dict[str, bytes] = dict(zip((attributes, partition), (path.read_bytes() for path in paths)))
     splits = dict(line.split() for line in texts[partition].decode().splitlines() if line.strip())
-    chosen = _choose(place, folder, splits, n)
-    fewer = None if len(chosen) == len(splits) else lambda text: cut_list(text.decode(), chosen).encode()
-    planned = Lists(place.root).plan(texts, fewer)
+    chosen = _choose_names(place, folder, splits, n)
+    fewer = None if len(chosen) == len(splits) else lambda text: subset_list(text.decode(), chosen).encode()
+    planned = _ListFiles(place.root).plan(texts, fewer)
     _unpack_missing(place, folder, chosen, archive)
-    Lists(place.root).write(planned, texts)
+    _ListFiles(place.root).write(planned, texts)
     return place.root
 
 
-SINGLY = 0.25  # up to this share of the images they are fetched one by one
+# ---- COCO
+
+
+_SINGLE_FETCH_SHARE = 0.25  # up to this share of all images, images are fetched one by one
 
 
 def _member(archive: Path, name: str) -> bytes:
-    "One file out of an archive."
+    "The content of one file in an archive."
     with _reading(archive) as file:
         if name not in file.namelist():
             raise DownloadError(f"{archive} lacks {name}; is it the official one?")
@@ -716,40 +851,41 @@ def _member(archive: Path, name: str) -> bytes:
 
 
 def _addresses(captions: bytes) -> dict[str, str]:
-    "From COCO's captions: where each image lies, by its file name."
+    "The address of each image, by its file name, from the content of COCO's file of captions."
     images = json.loads(captions)["images"]
     if strange := [image["file_name"] for image in images if Path(image["file_name"]).name != image["file_name"]]:
         raise DownloadError(f"the annotations name an image {strange[0]!r}, no plain file name; are they official?")
     return {image["file_name"]: image["coco_url"] for image in images}
 
 
-def _as_json(content: dict) -> bytes:
+def _as_json(content: dict[str, Any]) -> bytes:
     return json.dumps(content).encode()
 
 
 def _coco_images(
-    place: Place,
+    place: _Place,
     split: str,  # the images' folder
-    names: Sequence[str],  # that are wanted
+    names: Sequence[str],  # of the wanted images
     addresses: Mapping[str, str],  # of all images
     archive: Remote,  # with all images
 ) -> None:
-    "COCO's images that are not there yet: one by one if they are few, else, or where it lies here, from the archive."
-    missing, found = place.absent(split, names), None
+    "Get the images that are not there yet: one by one if they are few and the archive is not here, else from it."
+    missing = place.absent(split, names)
+    found = None
     with place.or_by_hand(archive):
         found = place.find(archive) if missing else None
-        if missing and found is None and len(missing) <= SINGLY * len(addresses):
+        if missing and found is None and len(missing) <= _SINGLE_FETCH_SHARE * len(addresses):
             fetch_all({place.root / split / name: addresses[name] for name in missing})
     _unpack_missing(place, split, names, archive, found)
 
 
 def _coco_maps(
-    place: Place,
+    place: _Place,
     split: str,
-    panoptic: dict,  # the content of the JSON file, cut down to what is wanted
-    archive: Path,  # panoptic_annotations_trainval2017.zip, with an archive of the maps in it
+    panoptic: dict[str, Any],  # the content of the JSON file, cut to what is wanted
+    archive: Path,  # panoptic_annotations_trainval2017.zip, which has an archive of the maps in it
 ) -> None:
-    "COCO's panoptic maps, where they are not there yet."
+    "Unpack the panoptic maps that are not there yet. The inner archive is removed afterwards."
     names = [note["file_name"] for note in panoptic["annotations"]]
     missing = {f"panoptic_{split}/{name}" for name in place.absent(f"annotations/panoptic_{split}", names)}
     if not missing:
@@ -763,48 +899,58 @@ def _coco_maps(
         raise DownloadError(f"{archive} lacks {len(lacking)} of the maps, first {lacking[0]}; is it the official one?")
 
 
-def _read_json(path: Path) -> dict:
-    "A COCO file that may be missing or damaged; {} where it is."
+def _read_json(path: Path) -> dict[str, Any]:
+    "The content of a JSON file; {} where it is missing or damaged."
     try:
         return json.loads(path.read_bytes())
     except (OSError, ValueError):
         return {}
 
 
-def _coco_stands(place: Place, split: str, where: Mapping[str, str], n: int | None) -> bool:
-    "Is all there that was asked for: the list of each kind, the images, and with `panoptic` the maps?"
+def _coco_is_complete(place: _Place, split: str, where: Mapping[str, str], n: int | None) -> bool:
+    "Is everything there that was asked for: the list of each kind, the images, and with `panoptic` the maps?"
     lists = {kind: _read_json(place.root / path) for kind, path in where.items()}
     if not all(lists.values()):
         return False
     maps = [note["file_name"] for note in lists.get("panoptic", {}).get("annotations", [])]
     names = [image["file_name"] for image in lists["captions"]["images"]]
     drawn = not maps or not place.absent(f"annotations/panoptic_{split}", maps)
-    return drawn and enough(place, where["captions"], names, split, n)
+    return drawn and _is_complete(place, where["captions"], names, split, n)
 
 
 def download_coco(
     data_dir: str | Path,  # the data set goes into `coco` in it
     split: str = "val2017",  # or "train2017"
     n: int | None = None,  # how many images; None: all 5,000 or 118,287
-    panoptic: bool = False,  # the maps of what each pixel shows, too? (861 MB more)
+    panoptic: bool = False,  # also the maps of what each pixel shows? They are 861 MB more
     files: Mapping[str, Remote] | None = None,  # where the official files lie; default: `coco_files()`
 ) -> Path:  # the data set's folder, for `COCO`
-    "COCO 2017, or `n` of its images with JSON files cut down to them. See TERMS: by calling this you accept them."
+    """COCO 2017, or `n` of its images with JSON files cut to them. See `TERMS`: by calling this you accept them.
+
+    Annotations come whole and are cut here. Up to a quarter of the images are fetched one by one, more of them come
+    in the official archive. What is there already is not fetched again; the JSON files are written last.
+    DownloadError says how to get by hand what cannot be fetched.
+    """
     _check_n(n)
     if split not in COCO_FOLDERS:
         raise DownloadError(f"split should be {' or '.join(COCO_FOLDERS)}, not {split!r}")
-    place = Place(home("coco", data_dir), command("coco", data_dir, split=split, subset=n, panoptic=panoptic))
-    lists, where = Lists(place.root), {kind: f"annotations/{kind}_{split}.json" for kind in ("captions", "instances")}
-    where |= {"panoptic": f"annotations/panoptic_{split}.json"} if panoptic else {}
-    if _coco_stands(place, split, where, n):
+    place = _Place(
+        dataset_folder("coco", data_dir), _command("coco", data_dir, split=split, subset=n, panoptic=panoptic)
+    )
+    lists = _ListFiles(place.root)
+    kinds = ("captions", "instances", "panoptic") if panoptic else ("captions", "instances")
+    where = {kind: f"annotations/{kind}_{split}.json" for kind in kinds}
+    if _coco_is_complete(place, split, where, n):
         return place.root
     files = files or coco_files()
-    archives = [files[f"{word}annotations_trainval2017.zip"] for word in ("", "panoptic_")[:1 + panoptic]]
+    archives = [files[f"{word}annotations_trainval2017.zip"] for word in ("", "panoptic_")[: 1 + panoptic]]
     paths = place.obtain(*archives, later=[files[f"{split}.zip"]])
     official = {path: _member(paths[kind == "panoptic"], path) for kind, path in where.items()}
     addresses = _addresses(official[where["captions"]])
-    chosen = _choose(place, split, {name: split_by_name(name) for name in addresses}, n)
-    fewer = None if len(chosen) == len(addresses) else lambda text: _as_json(cut_annotations(json.loads(text), chosen))
+    chosen = _choose_names(place, split, {name: split_by_name(name) for name in addresses}, n)
+    fewer = (
+        None if len(chosen) == len(addresses) else lambda text: _as_json(subset_annotations(json.loads(text), chosen))
+    )
     planned = lists.plan(official, fewer)
     _coco_images(place, split, chosen, addresses, files[f"{split}.zip"])
     if panoptic:

@@ -1,29 +1,36 @@
 """Every data set by its name."""
 
 from pathlib import Path
-from torch.utils.data import Dataset
+from typing import Any
+
+from ldm_edu.data.batches import SampleDataset
 from ldm_edu.data.celeba import CelebA
 from ldm_edu.data.coco import COCO
-from ldm_edu.data.folders import HOW, ImageFolder
-from ldm_edu.data.toy.datasets import ToyCOCO, ToyCelebA
+from ldm_edu.data.folders import DATA_HELP, ImageFolder
+from ldm_edu.data.toy.datasets import ToyCelebA, ToyCOCO
 from ldm_edu.errors import DataError
 
-DRAWN = {"toy": ToyCOCO, "toy-faces": ToyCelebA}
-ON_DISK = {"celeba": CelebA, "coco": COCO, "folder": ImageFolder}
+__all__ = ["open_dataset"]
+
+_TOY = {"toy": ToyCOCO, "toy-faces": ToyCelebA}
+_ON_DISK = {"celeba": CelebA, "coco": COCO, "folder": ImageFolder}
 
 
 def open_dataset(
-    name: str,  # one of DRAWN or ON_DISK
-    data_dir: str | Path | None = None,  # where the data lie; drawn ones need none
+    name: str,  # "toy", "toy-faces", "celeba", "coco", or "folder"
+    data_dir: str | Path | None = None,  # where the data lie; the toy data sets need none
     split: str = "train",
     size: int = 64,  # pixels along each side
-    **options,  # what else the data set takes, such as `keys`
-) -> Dataset:
-    "A data set by name: `toy`, `toy-faces`, `celeba`, `coco`, or `folder` for the images in `data_dir`."
-    if name in DRAWN:
-        return DRAWN[name](split=split, size=size, **options)
-    if name not in ON_DISK:
-        raise DataError(f"data set {name!r} does not exist; known: {', '.join([*DRAWN, *ON_DISK])}")
+    **options: Any,  # other arguments of the data set's class, such as `keys`
+) -> SampleDataset:
+    """A data set by its name; "folder" stands for all images in `data_dir`.
+
+    DataError where there is no data set of that name, where `data_dir` is lacking, or where the data set refuses.
+    """
+    if name in _TOY:
+        return _TOY[name](split=split, size=size, **options)
+    if name not in _ON_DISK:
+        raise DataError(f"data set {name!r} does not exist; known: {', '.join([*_TOY, *_ON_DISK])}")
     if data_dir is None:
-        raise DataError(f"data_dir should say where {name!r} lies; {HOW}")
-    return ON_DISK[name](data_dir, split=split, size=size, **options)
+        raise DataError(f"data_dir should say where {name!r} lies; {DATA_HELP}")
+    return _ON_DISK[name](data_dir, split=split, size=size, **options)

@@ -1,32 +1,37 @@
-"""A Gaussian mixture, whose perfect denoiser is known at every noise level."""
+"""A Gaussian mixture: data whose exact denoiser is known at every noise level (page 21_diffusion derives it)."""
+
+from collections.abc import Callable
 
 import torch
-from collections.abc import Callable
 from jaxtyping import Float
 from torch import Tensor
+
 from ldm_edu.diffusion.schedule import NoiseLevels, NoiseSchedule, _like, per_sample
 from ldm_edu.errors import LDMError
 
+__all__ = ["GaussianMixture"]
+
+
 def log_joint(
-    x: Float[Tensor, "b d"],  # where
+    x: Float[Tensor, "b d"],  # points
     means: Float[Tensor, "*#b k d"],  # centre of each Gaussian
-    variances: Float[Tensor, "*#b k"],  # variance of each, the same in all directions
-    weights: Float[Tensor, "*#b k"],  # share of each
+    variances: Float[Tensor, "*#b k"],  # variance of each Gaussian, the same in all directions
+    weights: Float[Tensor, "*#b k"],  # share of each Gaussian
 ) -> Float[Tensor, "b k"]:
-    "log of (weight k times the density of Gaussian k) at each sample."
+    "log(w_k N(x | m_k, v_k)) at each point, for each Gaussian."
     squared = (x[:, None] - means).square().sum(-1)  # (b, k)
     return weights.log() - 0.5 * (squared / variances + x.shape[1] * (2 * torch.pi * variances).log())
 
 
 def posterior_mean(
     x: Float[Tensor, "b d"],  # noisy samples, alpha x0 + sigma eps
-    alpha: Float[Tensor, "b 1"],  # amplitude of the signal in each
-    sigma: Float[Tensor, "b 1"],  # amplitude of the noise in each
+    alpha: Float[Tensor, "b 1"],  # amplitude of the signal in each sample
+    sigma: Float[Tensor, "b 1"],  # amplitude of the noise in each sample
     means: Float[Tensor, "k d"],  # the mixture that x0 comes from
     stds: Float[Tensor, "k"],
     weights: Float[Tensor, "*#b k"],
 ) -> Float[Tensor, "b d"]:
-    "E[x0 | x]: the mean of all clean samples that could have become `x`, each as likely as it is."
+    "E[x0 | x]: the mean of all clean samples that could have become `x`, weighted by their posterior probability."
     variances = alpha**2 * stds**2 + sigma**2  # (b, k)
     centres = alpha[..., None] * means  # (b, k, d)
     share = log_joint(x, centres, variances, weights).softmax(-1)  # (b, k)
@@ -35,8 +40,13 @@ def posterior_mean(
     return torch.einsum("bk,bkd->bd", share, guesses)
 
 
+def _flat(x: Tensor) -> Tensor:
+    "(n, *shape) -> (n, d)."
+    return x.reshape(len(x), -1)
+
+
 class GaussianMixture:
-    "Isotropic Gaussians with weights, in any number of dimensions: data whose perfect denoiser is known."
+    "Isotropic Gaussians with weights, in any number of dimensions: data whose exact denoiser is known."
 
     def __init__(
         self,
@@ -50,7 +60,9 @@ class GaussianMixture:
             raise LDMError(f"{lengths}: each Gaussian needs one of each")
         if (stds < 0).any() or (weights < 0).any() or weights.sum() <= 0:
             raise LDMError("stds and weights must not be negative, and some weight must be positive")
-        self.means, self.stds, self.weights = means, stds, weights / weights.sum()
+        self.means = means
+        self.stds = stds
+        self.weights = weights / weights.sum()
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n *shape"]:
         "`n` samples."
@@ -65,31 +77,31 @@ class GaussianMixture:
 
     @property
     def cov(self) -> Float[Tensor, "d d"]:
-        "Covariance of the mixture, over its dimensions laid flat."
-        apart = (self.means - self.mean).reshape(len(self.means), -1)  # (k, d)
+        "Covariance of the mixture, over its flattened dimensions."
+        apart = _flat(self.means - self.mean)  # (k, d)
         within = (self.weights @ self.stds**2) * torch.eye(apart.shape[1]).to(apart)
         return apart.T @ (self.weights[:, None] * apart) + within
 
     def log_prob(self, x: Float[Tensor, "b *shape"]) -> Float[Tensor, "b"]:
         "Natural logarithm of the density at each sample."
         means, stds, weights = (_like(v, x) for v in (self.means, self.stds, self.weights))
-        return log_joint(x.reshape(len(x), -1), means.reshape(len(means), -1), stds**2, weights).logsumexp(-1)
+        return log_joint(_flat(x), _flat(means), stds**2, weights).logsumexp(-1)
 
     def noised(self, schedule: NoiseLevels, t: int) -> "GaussianMixture":
-        "Where these samples are at level t: a mixture again, of means alpha m and variances alpha² s² + sigma²."
+        "The distribution of x_t: again a mixture, of means alpha m and variances alpha² s² + sigma²."
         alpha, sigma = schedule.alpha[t].item(), schedule.sigma[t].item()
         return GaussianMixture(alpha * self.means, (alpha**2 * self.stds**2 + sigma**2).sqrt(), self.weights)
 
     def denoiser(self, schedule: NoiseSchedule) -> Callable[..., Tensor]:
-        "The perfect denoiser f(x_t, t, cond); `cond.vector` (b, k), where given, replaces the weights."
+        "The exact denoiser f(x_t, t, cond); `cond.vector` (b, k), where given, replaces the weights."
 
-        def denoise(x_t, t, cond=None):
+        def denoise(x_t: Tensor, t: Tensor, cond=None) -> Tensor:
             alpha, sigma = per_sample(schedule.alpha, t, x_t), per_sample(schedule.sigma, t, x_t)
-            told = getattr(cond, "vector", None)
-            mixture = self.means, self.stds, self.weights if told is None else told
-            means, stds, weights = (_like(v, x_t) for v in mixture)
-            flat = (v.reshape(len(v), -1) for v in (x_t, alpha, sigma, means))
-            x0 = posterior_mean(*flat, stds, weights).reshape(x_t.shape)
+            vector = getattr(cond, "vector", None)
+            weights = self.weights if vector is None else vector
+            means, stds, weights = (_like(v, x_t) for v in (self.means, self.stds, weights))
+            x0 = posterior_mean(_flat(x_t), _flat(alpha), _flat(sigma), _flat(means), stds, weights)
+            x0 = x0.reshape(x_t.shape)
             return schedule.target(x0, (x_t - alpha * x0) / sigma, t)
 
         return denoise

@@ -20,15 +20,15 @@ from ..errors import LDMError
 class Step(NamedTuple):
     "What a sampler yields after each step."
 
-    t: int  # level at which the denoiser was asked
+    t: int  # level at which the denoiser was called
     x: Float[Tensor, "b *shape"]  # samples after the step; after the last one, clean
-    x0: Float[Tensor, "b *shape"]  # clean samples as the denoiser guessed them at level t
+    x0: Float[Tensor, "b *shape"]  # the denoiser's estimate of the clean samples at level t
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #8fa72e09
 def last(
     steps: Iterable[Step],  # a sampler, not run yet
 ) -> Float[Tensor, "b *shape"]:
-    "Run a sampler to its end: the samples."
+    "Run a sampler to its end and return the samples."
     step = None
     for step in steps:
         pass
@@ -41,7 +41,7 @@ def timesteps(
     schedule: NoiseSchedule,
     steps: int,  # calls of the denoiser, 1 to T
 ) -> list[int]:
-    "Levels to visit, descending from T - 1, evenly (\"trailing\") spaced; after the last comes the clean end."
+    'Levels to visit, descending from T - 1, evenly ("trailing") spaced; after the last comes the clean end.'
     if not 1 <= steps <= schedule.T:
         raise LDMError(f"steps={steps} must lie between 1 and the T={schedule.T} levels of the schedule")
     return [round(k * schedule.T / steps) - 1 for k in range(steps, 0, -1)]
@@ -51,7 +51,7 @@ def amplitudes(
     schedule: NoiseSchedule,
     t: int,  # level; -1 is the clean end
 ) -> tuple[float, float]:
-    "(alpha_t, sigma_t), and (1, 0) at the clean end."
+    "(alpha_t, sigma_t) as Python floats; (1, 0) at the clean end."
     return (1.0, 0.0) if t < 0 else (schedule.alpha[t].item(), schedule.sigma[t].item())
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #cd3e35b1
@@ -70,32 +70,32 @@ def posterior(
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #4fb79be0
 class SeededNoise:
-    "Standard normal noise of which each image has its own stream, started from its own seed."
+    "Standard normal noise with one stream per image, each started from its own seed."
 
     def __init__(
         self,
-        seeds: Sequence[int],  # one an image
+        seeds: Sequence[int],  # one per image
     ):
         if isinstance(seeds, int):
-            raise LDMError(f"seeds={seeds} must be a sequence with one seed an image, such as [{seeds}]")
+            raise LDMError(f"seeds={seeds} must be a sequence with one seed per image, such as [{seeds}]")
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def noise(
         self,
-        shape: Sequence[int],  # of one image, without the batch
+        shape: Sequence[int],  # shape of one image, without the batch
     ) -> Float[Tensor, "b *shape"]:
         "The next noise of every stream (b, *shape), float32 on the CPU."
         return torch.stack([torch.randn(*shape, generator=generator) for generator in self.generators])
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #3f4b6fdc
 def _ask(denoise: Callable[..., Tensor], schedule: NoiseSchedule, x: Tensor, t: int, cond: Any) -> tuple[Tensor, ...]:
-    "One call of the denoiser at level t: its guess of the clean samples and of the noise."
+    "Call the denoiser at level t: its estimates of the clean samples and of the noise."
     level = torch.full((len(x),), t, device=x.device)
     return schedule.x0_and_noise(denoise(x, level, cond), x, level)
 
 
 def _draw(noise: SeededNoise | None, x: Tensor) -> Tensor:
-    "Fresh noise like `x`, from `noise` or else from torch's global generator."
+    "Fresh noise with the shape, dtype and device of `x`, from `noise` or else from torch's global generator."
     if noise is None:
         return torch.randn_like(x)
     z = noise.noise(x.shape[1:])
@@ -106,7 +106,7 @@ def _draw(noise: SeededNoise | None, x: Tensor) -> Tensor:
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #7aac8520
 def ddpm(
     denoise: Callable[..., Tensor],  # f(x_t, t, cond) -> prediction
-    x_T: Float[Tensor, "b *shape"],  # where to start: standard normal noise
+    x_T: Float[Tensor, "b *shape"],  # the start: standard normal noise
     schedule: NoiseSchedule,
     steps: int | None = None,  # calls of the denoiser; all T levels where not given
     cond: Any = None,  # handed to the denoiser as it is
@@ -114,7 +114,8 @@ def ddpm(
     noise: SeededNoise | None = None,  # source of fresh noise; torch's global generator where not given
 ) -> Iterator[Step]:
     "Ancestral sampling of DDPM (eq. 10 to 12; Ho et al. 2020, algorithm 2)."
-    x, levels = x_T, timesteps(schedule, schedule.T if steps is None else steps)
+    x = x_T
+    levels = timesteps(schedule, schedule.T if steps is None else steps)
     for t, s in zip(levels, [*levels[1:], -1]):
         with torch.no_grad():
             x0, _ = _ask(denoise, schedule, x, t, cond)
@@ -127,7 +128,7 @@ def ddpm(
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #bb348de1
 def ddim(
     denoise: Callable[..., Tensor],  # f(x_t, t, cond) -> prediction
-    x_T: Float[Tensor, "b *shape"],  # where to start: standard normal noise
+    x_T: Float[Tensor, "b *shape"],  # the start: standard normal noise
     schedule: NoiseSchedule,
     steps: int = 50,  # calls of the denoiser
     cond: Any = None,  # handed to the denoiser as it is
@@ -138,7 +139,8 @@ def ddim(
     "Denoising diffusion implicit model (Song et al. 2021, eq. 12 and 16)."
     if not 0 <= eta <= 1:
         raise LDMError(f"eta={eta} must lie between 0 (deterministic) and 1 (as much fresh noise as DDPM)")
-    x, levels = x_T, timesteps(schedule, steps)
+    x = x_T
+    levels = timesteps(schedule, steps)
     for t, s in zip(levels, [*levels[1:], -1]):
         with torch.no_grad():
             x0, eps = _ask(denoise, schedule, x, t, cond)

@@ -1,1 +1,24 @@
 """Distances between images, the judge, and scores of whole models."""
+
+from ldm_edu.evaluation.features import ToyFeatures
+from ldm_edu.evaluation.judge import PromptAccuracy, SceneReader, Share, prompt_accuracy, what
+from ldm_edu.evaluation.metrics import LPIPS, psnr, ssim
+from ldm_edu.evaluation.prompts import captions_of, choose_scale, draw_captions, score_prompts
+from ldm_edu.evaluation.reconstruction import score_first_stage
+
+__all__ = [
+    "LPIPS",
+    "PromptAccuracy",
+    "SceneReader",
+    "Share",
+    "ToyFeatures",
+    "captions_of",
+    "choose_scale",
+    "draw_captions",
+    "prompt_accuracy",
+    "psnr",
+    "score_first_stage",
+    "score_prompts",
+    "ssim",
+    "what",
+]

@@ -1,50 +1,53 @@
-"""The networks that LPIPS looks through, and where their weights are found."""
+"""The networks whose features LPIPS compares, and where their weights are found."""
 
 import importlib.util
 import pickle
 import textwrap
-import torch
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
-from jaxtyping import Float
 from pathlib import Path
+
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+
 from ldm_edu.checkpoints import load_tensors
 from ldm_edu.errors import CheckpointError, LDMError
 
+__all__ = ["BACKBONES", "backbone_weights"]
+
+
 def _alexnet() -> nn.Sequential:
     "The convolutions of AlexNet, as torchvision numbers them."
-    conv, relu, pool = nn.Conv2d, nn.ReLU, nn.MaxPool2d
-    return nn.Sequential(
-        conv(3, 64, 11, stride=4, padding=2), relu(), pool(3, 2),
-        conv(64, 192, 5, padding=2), relu(), pool(3, 2),
-        conv(192, 384, 3, padding=1), relu(),
-        conv(384, 256, 3, padding=1), relu(),
-        conv(256, 256, 3, padding=1), relu(),
-    )  # fmt: skip
+    layers = [nn.Conv2d(3, 64, 11, stride=4, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)]
+    layers += [nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(), nn.MaxPool2d(3, 2)]
+    for c_in, c_out in ((192, 384), (384, 256), (256, 256)):
+        layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers)
 
 
 def _vgg16() -> nn.Sequential:
     "The convolutions of VGG-16, as torchvision numbers them."
-    layers, channels = [], 3
-    for wider, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+    layers = []
+    c_in = 3
+    for c_out, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
         for _ in range(depth):
-            layers += [nn.Conv2d(channels, wider, 3, padding=1), nn.ReLU()]
-            channels = wider
+            layers += [nn.Conv2d(c_in, c_out, 3, padding=1), nn.ReLU()]
+            c_in = c_out
         layers.append(nn.MaxPool2d(2))
     return nn.Sequential(*layers[:-1])
 
 
 @dataclass(frozen=True)
 class Backbone:
-    "A network that LPIPS can look through."
+    "A network whose features LPIPS can compare."
 
-    build: Callable[[], nn.Sequential]  # its convolutions
-    heard: tuple[int, ...]  # after which of them LPIPS listens
-    smallest: int  # pixels along a side that it needs
-    file: str  # its weights in `weights_dir`
-    torchvision: str  # its weights in torchvision.models
+    build: Callable[[], nn.Sequential]  # makes its convolutions
+    taps: tuple[int, ...]  # the layers whose outputs LPIPS compares
+    smallest: int  # pixels that an image needs along each side
+    file: str  # name of its weights in `weights_dir`
+    torchvision: str  # name of its weights in torchvision.models
 
 
 BACKBONES = {
@@ -58,12 +61,13 @@ def linear_weights(
 ) -> list[Float[Tensor, "_"]]:
     "LPIPS's non-negative weights of the channels, layer by layer, as the `lpips` package has them (version 0.1)."
     package = importlib.util.find_spec("lpips")
-    if package is None:
+    if package is None or package.origin is None:
         raise LDMError("LPIPS reads its channel weights from the package lpips: pip install lpips")
     path = Path(package.origin).with_name("weights") / "v0.1" / f"{net}.pth"
     try:
+        # `weights_only` refuses a pickle that holds anything but tensors and plain containers
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return [tensors[f"lin{i}.model.1.weight"].flatten() for i in range(len(BACKBONES[net].heard))]
+        return [tensors[f"lin{i}.model.1.weight"].flatten() for i in range(len(BACKBONES[net].taps))]
     except (OSError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise LDMError(f"{path} does not hold the channel weights of LPIPS: install lpips again") from error
 
@@ -87,15 +91,15 @@ def _not_found(net: str, weights_dir: str | Path | None, reason: Exception) -> L
     place = f"in weights_dir ({weights_dir})" if weights_dir is not None else "since no weights_dir was given"
     return LDMError(
         f"LPIPS has no weights for '{net}': {BACKBONES[net].file} was not found {place}, and torchvision's {url} could "
-        f"not be had ({textwrap.shorten(str(reason), 200)}). Put the first into weights_dir, "
+        f"not be loaded ({textwrap.shorten(str(reason), 200)}). Put the first into weights_dir, "
         f"or the second into {Path(torch.hub.get_dir()) / 'checkpoints'}"
     )
 
 
 def backbone_weights(
     net: str,  # one of BACKBONES
-    weights_dir: str | Path | None = None,  # where its file may lie
-    download: bool = True,  # whether torchvision may fetch it
+    weights_dir: str | Path | None = None,  # the folder that may hold its file
+    download: bool = True,  # whether torchvision may download it
 ) -> dict[str, Tensor]:
     "The weights of a backbone by torchvision's names: from `weights_dir`, else from torchvision, else LDMError."
     if weights_dir is not None and (path := Path(weights_dir) / BACKBONES[net].file).is_file():
@@ -106,9 +110,13 @@ def backbone_weights(
         raise _not_found(net, weights_dir, error) from error
 
 
-def _loaded(net: str, weights_dir: str | Path | None, download: bool) -> nn.Sequential:
-    "A backbone with its weights."
-    with torch.device("meta"):  # no numbers yet: they are about to be loaded
+def load_backbone(
+    net: str,  # one of BACKBONES
+    weights_dir: str | Path | None = None,  # the folder that may hold its file
+    download: bool = True,  # whether torchvision may download it
+) -> nn.Sequential:
+    "The convolutions of a backbone with their weights; CheckpointError where the weights are of another network."
+    with torch.device("meta"):  # shapes only: the weights come from a file
         layers = BACKBONES[net].build()
     found = backbone_weights(net, weights_dir, download)
     named = {name.removeprefix("features."): w.float() for name, w in found.items() if name.startswith("features.")}

@@ -1,15 +1,19 @@
-"""A small network that compares toy images, where the weights of LPIPS cannot be had."""
+"""A small network that compares toy images, where the weights of LPIPS are not available."""
+
+from collections.abc import Sequence
+from itertools import pairwise, product
 
 import torch
-from collections.abc import Sequence
-from itertools import product
 from jaxtyping import Float
 from torch import Tensor, nn
+
 from ldm_edu.checkpoints import Part
 from ldm_edu.data.toy.faces import FACE_ATTRIBUTES
 from ldm_edu.data.toy.scenes import COLOURS, SHAPES, SIZES, Scene
 from ldm_edu.errors import LDMError
-from ldm_edu.evaluation.metrics import _check_images, layer_distances
+from ldm_edu.evaluation.metrics import check_images, layer_distances
+
+__all__ = ["THINGS", "ToyFeatures", "thing_targets"]
 
 THINGS = tuple(product(SIZES, COLOURS, SHAPES))  # every kind of thing: ("small", "red", "sphere"), ...
 
@@ -30,8 +34,16 @@ def _convolution(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, stride, padding=1), nn.GroupNorm(8, c_out), nn.SiLU())
 
 
+def _head(channels: int, questions: int) -> nn.Conv2d:
+    "A 1 × 1 convolution to one logit a question; untrained, it answers no to nearly every one."
+    head = nn.Conv2d(channels, questions, 1)
+    assert head.bias is not None
+    nn.init.constant_(head.bias, -3.0)
+    return head
+
+
 class ToyFeatures(Part, nn.Module):
-    "A small network that names what is in toy images, and compares images by what it sees on the way."
+    "A classifier of toy images whose feature maps give a perceptual distance, in place of LPIPS on toy data only."
 
     smallest = 16  # pixels along a side, so that every level has something to halve
     follow = ("provenance",)  # arguments that may change later: see `Part`
@@ -39,8 +51,8 @@ class ToyFeatures(Part, nn.Module):
     def __init__(
         self,
         channels: tuple[int, ...] = (32, 64, 96, 128),  # of the levels, multiples of 8
-        things: int = len(THINGS),  # how many kinds of things it names in a scene
-        attributes: int = len(FACE_ATTRIBUTES),  # how many attributes it names in a face
+        things: int = len(THINGS),  # how many kinds of things it classifies in a scene
+        attributes: int = len(FACE_ATTRIBUTES),  # how many attributes it classifies in a face
         provenance: dict | None = None,  # with which recipe, steps and scores it was trained
     ):
         super().__init__()
@@ -48,27 +60,26 @@ class ToyFeatures(Part, nn.Module):
         if not channels or any(c < 8 or c % 8 for c in channels):
             raise LDMError(f"channels should be one or more multiples of 8, not {channels}")
         levels = [_convolution(3, channels[0], stride=2)]
-        for c_in, c_out in zip(channels, channels[1:]):
+        for c_in, c_out in pairwise(channels):
             levels.append(nn.Sequential(_convolution(c_in, c_in), _convolution(c_in, c_out, stride=2)))
         self.levels = nn.ModuleList(levels)
-        self.things, self.attributes = (nn.Conv2d(channels[-1], n, 1) for n in (things, attributes))
-        for head in (self.things, self.attributes):
-            nn.init.constant_(head.bias, -3.0)  # before it has learned anything, it says no to everything
+        self.things = _head(channels[-1], things)
+        self.attributes = _head(channels[-1], attributes)
 
     def features(self, x: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
-        "What every level says: sides of h/2, h/4, h/8, h/16, rounded up."
-        said = []
+        "The feature maps after every level: sides of h/2, h/4, h/8, h/16, rounded up."
+        maps = []
         for level in self.levels:
             x = level(x)
-            said.append(x)
-        return said
+            maps.append(x)
+        return maps
 
     def embed(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
         "The last level's mean over positions: one vector an image, for distances between sets of images."
         return self.features(x)[-1].mean((2, 3))
 
     def forward(self, x: Float[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b _"]]:
-        "Logits: `things` (b, 48), is one of THINGS there; `attributes` (b, a), is one of FACE_ATTRIBUTES true."
+        "Logits: `things` (b, 48), one for each of THINGS; `attributes` (b, a), one for each of FACE_ATTRIBUTES."
         last = self.features(x)[-1]
         return {"things": self.things(last).amax((2, 3)), "attributes": self.attributes(last).amax((2, 3))}
 
@@ -77,6 +88,6 @@ class ToyFeatures(Part, nn.Module):
         x: Float[Tensor, "b 3 h w"],  # images in [-1, 1]
         y: Float[Tensor, "..."],  # images of the same shape
     ) -> Float[Tensor, "b"]:  # from 0, which identical images have, to 4; lower is better
-        "As LPIPS, with equal weights for all channels and the mean over levels."
-        _check_images("ToyFeatures", x, y, self.smallest, 3)
+        "The distance of LPIPS with equal weights for all channels and the mean over levels."
+        check_images("ToyFeatures", x, y, self.smallest, 3)
         return layer_distances(self.features(x), self.features(y)).mean(1)

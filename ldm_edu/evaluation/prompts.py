@@ -12,11 +12,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..basics import progress
 from ..data.toy.datasets import ToyCOCO
+from ..errors import LDMError
 from .judge import PromptAccuracy, SceneReader, prompt_accuracy
 from ..latent_diffusion import LatentDiffusion
-from ..basics import progress
-from ..errors import LDMError
 
 # %% ../../nbs/5_latent_diffusion/55_evaluation.ipynb #6cd554d6
 def captions_of(split: str = "validation", n: int = 512) -> list[str]:
@@ -42,7 +42,7 @@ def draw_captions(
         parts.append(model.sample(some, steps=steps, scale=scale, seed=seed + start).cpu())
     return torch.cat(parts)
 
-
+# %% ../../nbs/5_latent_diffusion/55_evaluation.ipynb #cf51d954
 def score_prompts(
     model: LatentDiffusion,
     reader: SceneReader,

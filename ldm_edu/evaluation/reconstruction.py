@@ -1,15 +1,20 @@
-"""How well a first stage gives images back."""
+"""How well a first stage reconstructs images."""
 
-import torch
 from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 from jaxtyping import Float
 from torch import Tensor
+
 from ldm_edu.basics import progress
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.metrics import psnr, ssim
 from ldm_edu.first_stage.autoencoder import FirstStage
 from ldm_edu.first_stage.quantization import AutoencoderVQ, Usage, codebook_usage
+
+__all__ = ["Mean", "ReconstructionScores", "score_first_stage"]
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -21,7 +26,7 @@ class Mean:
 
     @classmethod
     def of(cls, values: Float[Tensor, "n"], digits: int = 2) -> "Mean":
-        "The mean of these."
+        "The mean of `values`, and the standard error from their standard deviation."
         return cls(values.mean().item(), values.std().item() / len(values) ** 0.5, digits)
 
     def __str__(self) -> str:
@@ -30,21 +35,27 @@ class Mean:
 
 @dataclass(frozen=True)
 class ReconstructionScores:
-    "What comes back of images."
+    "Scores of a first stage: its reconstructions compared with the images."
 
     images: int  # how many
     psnr: Mean  # dB
     ssim: Mean
     distance: Mean  # perceptual, lower is better
     fewer: float  # how many times fewer numbers a latent has, 3f²/c
-    usage: Usage | None  # of the codebook, where there is one
+    usage: Usage | None  # of the codebook, if there is one
 
     def rows(self) -> dict[str, str]:
-        "As words and numbers."
-        rows = {"PSNR in dB": str(self.psnr), "SSIM": str(self.ssim), "perceptual distance": str(self.distance),
-                "times fewer numbers": f"{self.fewer:g}"}  # fmt: skip
+        "All scores as text, by name."
+        rows = {
+            "PSNR in dB": str(self.psnr),
+            "SSIM": str(self.ssim),
+            "perceptual distance": str(self.distance),
+            "times fewer numbers": f"{self.fewer:g}",
+        }
         if self.usage:
-            rows["entries used"] = f"{self.usage.used} of {self.usage.num_codes}, perplexity {self.usage.perplexity:.0f}"
+            rows["entries used"] = (
+                f"{self.usage.used} of {self.usage.num_codes}, perplexity {self.usage.perplexity:.0f}"
+            )
         return rows
 
     def __str__(self) -> str:
@@ -54,11 +65,11 @@ class ReconstructionScores:
 @torch.no_grad()
 def score_first_stage(
     first_stage: FirstStage,
-    images: Float[Tensor, "n 3 h w"],  # images that it has not seen, in [−1, 1]
+    images: Float[Tensor, "n 3 h w"],  # held-out images in [−1, 1]
     perceptual: Callable[[Tensor, Tensor], Tensor],  # a distance (b,), such as LPIPS
     chunk: int = 64,  # images at once
 ) -> ReconstructionScores:
-    "PSNR, SSIM and a perceptual distance between images and what comes back of them (as in table 8)."
+    "PSNR, SSIM and a perceptual distance between images and their reconstructions (as in table 8)."
     if len(images) < 2:
         raise LDMError(f"images: {len(images)} are too few for a mean with an error; give at least 2")
     values, indices = [], []
@@ -69,6 +80,8 @@ def score_first_stage(
         if isinstance(first_stage, AutoencoderVQ):
             indices.append(first_stage.quantize(z).indices)
     decibels, similar, far = torch.cat(values, 1)
-    usage = codebook_usage(torch.cat(indices), first_stage.quantize.embedding.num_embeddings) if indices else None
+    usage = None
+    if isinstance(first_stage, AutoencoderVQ):
+        usage = codebook_usage(torch.cat(indices), first_stage.quantize.embedding.num_embeddings)
     fewer = images[0].numel() / first_stage.encode(images[:1]).numel()
     return ReconstructionScores(len(images), Mean.of(decibels), Mean.of(similar, 3), Mean.of(far, 3), fewer, usage)

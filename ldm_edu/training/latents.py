@@ -2,27 +2,32 @@
 
 import hashlib
 import json
-import torch
-from accelerate import Accelerator
-from jaxtyping import Float
 from pathlib import Path
+
+import torch
+from jaxtyping import Float
 from torch import Tensor, nn
+
 from ldm_edu.basics import progress
 from ldm_edu.checkpoints import load_notes, load_tensors, save_tensors
 from ldm_edu.data.cache import ImageCache
 from ldm_edu.errors import CheckpointError
 from ldm_edu.first_stage.autoencoder import FirstStage
-from ldm_edu.training.run import writing
+from ldm_edu.training.run import RunAccelerator, writing
+
+__all__ = ["cached_latents"]
+
 
 @torch.no_grad()
 def encode_all(
     first_stage: FirstStage,
     dataset: ImageCache,
-    accelerator: Accelerator,
+    accelerator: RunAccelerator,
     n: int | None = None,  # the first n images; None: all
 ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
-    "Mean and log-variance of images' latents, not rescaled (CPU)."
-    parts, n = [], len(dataset) if n is None else n
+    "Mean and log-variance of the images' latents, not rescaled (CPU)."
+    n = len(dataset) if n is None else n
+    parts = []
     for start in progress(range(0, n, 64), "encoding"):
         x = dataset.images(range(start, min(start + 64, n))).to(accelerator.device, accelerator.dtype)
         with accelerator.autocast():
@@ -44,10 +49,10 @@ def cached_latents(
     path: Path,
     first_stage: FirstStage,
     dataset: ImageCache,
-    accelerator: Accelerator,
+    accelerator: RunAccelerator,
     n: int | None = None,  # the first n images; None: all
 ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
-    "What `encode_all` gives, from the file `path` where it fits weights and images; else made, and written there."
+    "What `encode_all` gives: read from the file `path` where that fits weights and images, else made and written there."
     n = len(dataset) if n is None else n
     notes = {"first_stage": weights_checksum(first_stage), "images": json.dumps(dataset.identity()), "n": str(n)}
     try:

@@ -3,17 +3,54 @@
 import math
 import os
 import shutil
-import torch
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from torch import Tensor, nn
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
 from ldm_edu.checkpoints import atomic, load_notes, load_tensors, save_tensors
 from ldm_edu.errors import CheckpointError
 from ldm_edu.training.loop import EMA
 from ldm_edu.training.recipes import Training
 from ldm_edu.training.run import Run, writing
+
+__all__ = ["State"]
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "The tensors whose names begin with `prefix`, under the rest of their names."
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    "What an optimiser remembers of each parameter, as tensors named `number.entry`: `0.exp_avg`, `0.step`, …"
+    remembered = optimizer.state_dict()["state"]
+    return {f"{i}.{entry}": value for i, entries in remembered.items() for entry, value in entries.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    "Give an optimiser back what `optimizer_tensors` took from one like it."
+    remembered: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        i, _, entry = name.partition(".")
+        remembered.setdefault(int(i), {})[entry] = value
+    optimizer.load_state_dict({"state": remembered, "param_groups": optimizer.state_dict()["param_groups"]})
+
+    # Fused Adam pairs numbers as they lie in memory: an entry in the shape of its weight takes the weight's layout.
+    for weight, entries in optimizer.state.items():
+        for entry, value in entries.items():
+            if value.shape == weight.shape:
+                entries[entry] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
+
+
+def restore_scaler(scaler: Any, tensors: Mapping[str, Tensor]) -> None:
+    "Give a gradient scaler back its numbers; two of them count, so they are whole numbers."
+    counts = ("growth_interval", "_growth_tracker")
+    scaler.load_state_dict({k: int(v) if k in counts else float(v) for k, v in tensors.items()})
+
 
 @dataclass
 class State:
@@ -28,38 +65,25 @@ class State:
     best: float = math.inf  # lowest loss on held-out data so far
 
     def tensors(self) -> dict[str, Tensor]:
-        "Everything a run needs to go on, as named tensors."
+        "Everything that a run needs to go on, as named tensors."
         tensors = {f"task.{name}": value for name, value in self.task.state_dict().items()}
         tensors |= {f"ema.{name}": value for name, value in self.ema.module.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{name}": value for name, value in state.items()}
+        tensors |= {f"optimizer.{name}": value for name, value in optimizer_tensors(self.optimizer).items()}
         numbers = {"step": self.step, "seconds": self.seconds, "best": self.best}
-        numbers |= {f"scaler.{k}": v for k, v in (self.scaler.state_dict() if self.scaler else {}).items()}
+        if self.scaler:
+            numbers |= {f"scaler.{name}": value for name, value in self.scaler.state_dict().items()}
         return tensors | {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         "Put everything back in its place."
-
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-
-        self.task.load_state_dict(under("task."))
-        self.ema.module.load_state_dict(under("ema."))
-        state: dict[int, dict[str, Tensor]] = {}
-        for name, value in under("optimizer.").items():
-            i, _, key = name.partition(".")
-            state.setdefault(int(i), {})[key] = value
-        self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
-        for weight, memory in self.optimizer.state.items():
-            for key, value in memory.items():
-                if (
-                    value.shape == weight.shape
-                ):  # in the weight's own order in memory: fused Adam pairs them as they lie
-                    memory[key] = torch.empty_like(weight, dtype=value.dtype).copy_(value)
-        if self.scaler and (kept := under("scaler.")):
-            whole = {"growth_interval", "_growth_tracker"}  # these count
-            self.scaler.load_state_dict({k: int(v) if k in whole else float(v) for k, v in kept.items()})
-        self.step, self.seconds, self.best = int(tensors["step"]), float(tensors["seconds"]), float(tensors["best"])
+        self.task.load_state_dict(_under("task.", tensors))
+        self.ema.module.load_state_dict(_under("ema.", tensors))
+        restore_optimizer(self.optimizer, _under("optimizer.", tensors))
+        if self.scaler and (numbers := _under("scaler.", tensors)):
+            restore_scaler(self.scaler, numbers)
+        self.step = int(tensors["step"])
+        self.seconds = float(tensors["seconds"])
+        self.best = float(tensors["best"])
 
 
 def state_file(run: Run, stage: str, best: bool = False) -> Path:
@@ -71,24 +95,28 @@ def save_state(run: Run, stage: str, state: State, best: bool = False) -> None:
     "Write the newest state; with `best`, as the best one too."
     if not run.accelerator.is_main_process:
         return
-    newest, notes = state_file(run, stage), {**run.notes, "stage": stage, "step": str(state.step)}
+    newest = state_file(run, stage)
+    notes = {**run.notes, "stage": stage, "step": str(state.step)}
     if not best:
         save_tensors(state.tensors(), newest, notes=notes)
         return
-    save_tensors(state.tensors(), state_file(run, stage, best=True), notes=notes)
+
+    # The best state is written first; then the same file gets the name of the newest one, too.
+    kept = state_file(run, stage, best=True)
+    save_tensors(state.tensors(), kept, notes=notes)
     with writing(newest), atomic(newest) as temporary:
         try:
-            os.link(state_file(run, stage, best=True), temporary)
+            os.link(kept, temporary)
         except OSError:  # a file system without links
-            shutil.copyfile(state_file(run, stage, best=True), temporary)
+            shutil.copyfile(kept, temporary)
 
 
 def load_state(run: Run, stage: str, state: State) -> None:
-    "Go on from the newest state of a stage, if there is one; `CheckpointError` says what to do where it is no good."
+    "Restore the newest state of a stage, if there is one; `CheckpointError` says what to do where it is no good."
     path, best = state_file(run, stage), state_file(run, stage, best=True)
-    anew = f"remove {path.name}: {stage} then begins again"
     if not path.exists():
         return
+    anew = f"remove {path.name}: {stage} then begins again"
     try:
         notes, tensors = load_notes(path), load_tensors(path)
     except CheckpointError as error:
@@ -107,7 +135,8 @@ def make_state(run: Run, task: nn.Module, training: Training) -> tuple[State, nn
     "The state of a stage that begins, and network and optimiser as accelerate wraps them."
     accelerator = run.accelerator
     layout = torch.channels_last if run.channels_last else torch.preserve_format
-    task = task.to(accelerator.device, accelerator.dtype, memory_format=layout)
+    # PyTorch's stubs do not know that a module can be given a memory format.
+    task = task.to(accelerator.device, accelerator.dtype, memory_format=layout)  # type: ignore[call-overload]
     ema = EMA(task, training.ema)
     if run.compile:
         task.compile()

@@ -1,12 +1,14 @@
 """Networks with their losses, as the training loop takes them."""
 
-import torch
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from jaxtyping import Float
 from pathlib import Path
-from torch import Tensor, nn
 from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
 from ldm_edu.conditioning.guidance import drop
 from ldm_edu.conditioning.text import TextConditioner
 from ldm_edu.data.toy.captions import VOCABULARY
@@ -20,12 +22,15 @@ from ldm_edu.first_stage.losses import FirstStageLoss
 from ldm_edu.first_stage.quantization import AutoencoderVQ
 from ldm_edu.training.recipes import FirstStageRecipe, Recipe
 
+__all__ = ["DiffusionTask", "FirstStageTask"]
+
+# The fields of a first stage's recipe that are arguments of its network, whatever its regulariser.
+SHAPE = ("channels", "multipliers", "blocks", "latent_channels", "attention", "attention_factors", "groups")
+
+
 def build_first_stage(recipe: FirstStageRecipe) -> FirstStage:
     "The untrained first stage of a recipe."
-    shape = {
-        name: getattr(recipe, name)
-        for name in ("channels", "multipliers", "blocks", "latent_channels", "attention", "attention_factors", "groups")
-    }
+    shape = {name: getattr(recipe, name) for name in SHAPE}
     if recipe.regulariser == "kl":
         return AutoencoderKL(**shape)
     return AutoencoderVQ(**shape, num_codes=recipe.num_codes, commitment=recipe.commitment, legacy=recipe.legacy)
@@ -34,12 +39,14 @@ def build_first_stage(recipe: FirstStageRecipe) -> FirstStage:
 def perceptual_distance(
     name: str | None,  # one of PERCEPTUAL, or None
     weights_dir: str | Path | None = None,  # where the weights of LPIPS lie; see 13_metrics
-) -> nn.Module | None:
-    "The network whose distance a first stage is trained with; it is not trained itself."
+) -> ToyFeatures | LPIPS | None:
+    "The network whose `distance` a first stage is trained with; its own weights are not trained."
     if name is None:
         return None
-    net = name.removeprefix("lpips-")
-    found = ToyFeatures.from_pretrained(name) if name == "toy-features" else LPIPS(net, weights_dir)
+    if name == "toy-features":
+        found = ToyFeatures.from_pretrained(name)
+    else:
+        found = LPIPS(name.removeprefix("lpips-"), weights_dir)
     return found.eval().requires_grad_(False)
 
 
@@ -49,31 +56,45 @@ class FirstStageTask(nn.Module):
     def __init__(
         self,
         recipe: FirstStageRecipe,
-        perceptual: nn.Module | None = None,  # see `perceptual_distance`
+        perceptual: ToyFeatures | LPIPS | None = None,  # see `perceptual_distance`
         average: Callable[[Tensor], Tensor] = lambda gradient: gradient,  # over processes, for the adaptive weight
     ):
         super().__init__()
-        self.model, game = build_first_stage(recipe), recipe.adversarial
+        self.model = build_first_stage(recipe)
         self.criterion = FirstStageLoss(
-            recipe.kl_weight, recipe.l2_weight, perceptual and getattr(perceptual, "distance", perceptual),
-            recipe.perceptual_weight, recipe.codebook_weight, means=recipe.regulariser == "vq",
-        )  # fmt: skip
-        self.adversary, self.average, self.start = None, average, game and game.start
-        if game is not None:
-            self.adversary = Adversary(PatchDiscriminator(game.channels, game.layers, game.norm), game.weight)
+            kl_weight=recipe.kl_weight,
+            l2_weight=recipe.l2_weight,
+            perceptual=None if perceptual is None else perceptual.distance,
+            perceptual_weight=recipe.perceptual_weight,
+            codebook_weight=recipe.codebook_weight,
+            means=recipe.regulariser == "vq",
+        )
+        self.average = average
+        self.adversary: Adversary | None = None
+        self.start = 0
+        if (how := recipe.adversarial) is not None:
+            self.adversary = Adversary(PatchDiscriminator(how.channels, how.layers, how.norm), how.weight)
+            self.start = how.start
 
     def clip_groups(self) -> list[nn.Module]:
         "Networks whose gradients are clipped apart."
         return [self.model] if self.adversary is None else [self.model, self.adversary]
 
+    def uses_adversary(self, step: int) -> bool:
+        "The discriminator is used from step `start` on, and only while training."
+        return self.adversary is not None and torch.is_grad_enabled() and step >= self.start
+
     def forward(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        "Encode, draw or quantise, decode, compare; the discriminator speaks from its first step on, and in training only."
+        "Encode, draw or quantise, decode, compare; the loss and its terms."
         x = batch["image"]
         reconstruction, regulariser = self.model(x, batch["latent_noise"])
-        plays = self.adversary is not None and torch.is_grad_enabled() and int(batch["step"][0]) >= self.start
-        game = partial(self.adversary, last_layer=self.model.last_layer, average=self.average) if plays else None
-        loss, terms = self.criterion(x, reconstruction.to(x.dtype), regulariser, game)
-        if self.adversary is not None and not plays:  # several processes wait for a gradient of every weight
+        adversary = None
+        if self.adversary is not None and self.uses_adversary(int(batch["step"][0])):
+            adversary = partial(self.adversary, last_layer=self.model.last_layer, average=self.average)
+        loss, terms = self.criterion(x, reconstruction.to(x.dtype), regulariser, adversary)
+
+        # Several processes wait for a gradient of every weight: an unused discriminator gets zeros.
+        if self.adversary is not None and adversary is None:
             loss = loss + 0.0 * sum(weight.sum() for weight in self.adversary.parameters())
         return loss, terms
 
@@ -83,18 +104,24 @@ class DiffusionTask(nn.Module):
 
     def __init__(self, recipe: Recipe, vocabulary: Sequence[str] = VOCABULARY):
         super().__init__()
-        what, c = recipe.diffusion, recipe.first_stage.latent_channels
-        text = what.text
+        what, text = recipe.diffusion, recipe.diffusion.text
+        c = recipe.first_stage.latent_channels
         self.conditioner = text and TextConditioner(vocabulary, text.length, text.dim, text.depth, text.heads)
         self.unet = UNet(
-            c, c, what.channels, what.multipliers, what.blocks, what.attention_factors, what.head_channels,
+            in_channels=c,
+            out_channels=c,
+            channels=what.channels,
+            multipliers=what.multipliers,
+            blocks=what.blocks,
+            attention_factors=what.attention_factors,
+            head_channels=what.head_channels,
             context_dim=text and text.dim,
-        )  # fmt: skip
+        )
         self.schedule = NoiseSchedule(T=what.T, beta_start=what.beta_start, beta_end=what.beta_end)
         self.drop = what.drop
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        "Condition, drop some conditions, predict the noise."
+        "Encode the captions, drop some of them, predict the noise."
         cond = None
         if self.conditioner is not None:
             cond = drop(self.conditioner(batch), self.conditioner.null(), self.drop, batch["u"])

@@ -1,21 +1,25 @@
 """Data sets that are drawn when they are asked for: `ToyCOCO` and `ToyCelebA`."""
 
+from collections.abc import Sequence
+from typing import ClassVar
+
 import numpy as np
 import torch
-from collections.abc import Sequence
 from torch.utils.data import Dataset
-from typing import ClassVar
+
 from ldm_edu.data.batches import _check_keys, _check_size, _check_split
 from ldm_edu.data.toy.captions import captions
 from ldm_edu.data.toy.faces import FACE_ATTRIBUTES, FACE_SEGMENTS, Face, draw_face, face_truth, render_faces
 from ldm_edu.data.toy.scenes import SPLITS, Scene, draw_scene, render, truth
 from ldm_edu.errors import DataError
 
+__all__ = ["ToyCOCO", "ToyCelebA"]
+
 DRAWING_VERSION = 1  # goes up whenever a sample is drawn or read in another way than before
 
 
 class Drawn(Dataset):
-    "Samples that are drawn when asked for, the same for the same (seed, split, index)."
+    "Samples that are drawn when they are asked for, and depend on nothing but (seed, split, index)."
 
     splits: ClassVar[tuple[str, ...]] = ()
     known_keys: ClassVar[tuple[str, ...]] = ()
@@ -25,16 +29,25 @@ class Drawn(Dataset):
         _check_size(size)
         if length < 0 or seed < 0:
             raise DataError(f"length and seed should not be negative: {length=}, {seed=}")
-        self.split, self.size, self.length, self.seed = split, size, length, seed
+        self.split = split
+        self.size = size
+        self.length = length
+        self.seed = seed
         self.keys = _check_keys(keys, self.known_keys)
 
     def __len__(self) -> int:
         return self.length
 
     def identity(self) -> dict:
-        "What decides the samples."
-        return {"data": type(self).__name__, "version": DRAWING_VERSION, "split": self.split, "size": self.size,
-                "seed": self.seed, "keys": list(self.keys)}
+        "Everything that decides the samples: equal identities mean equal samples."
+        return {
+            "data": type(self).__name__,
+            "version": DRAWING_VERSION,
+            "split": self.split,
+            "size": self.size,
+            "seed": self.seed,
+            "keys": list(self.keys),
+        }
 
     def rng(self, index: int) -> np.random.Generator:
         "The random stream that sample `index` is drawn from."
@@ -45,9 +58,17 @@ class Drawn(Dataset):
     def __getitem__(self, index: int) -> dict:
         return self.__getitems__([index])[0]
 
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        "Several samples, drawn together: torch's DataLoader calls this once for a batch."
+        raise NotImplementedError
+
 
 class ToyCOCO(Drawn):
-    "Scenes of one to three things on a floor, described in sentences and known to the last pixel."
+    """Scenes of one to three things on a floor, with captions and with the truth about every pixel.
+
+    A sample is a dict of the `keys` that were asked for: `image` (3, size, size) in [-1, 1], `caption`, `captions` (a
+    list of five, the first of them `caption`), and `segmentation`, `depth`, `boxes`, `instances` as in `scenes.truth`.
+    """
 
     splits = SPLITS
     truths = ("segmentation", "depth", "boxes", "instances")  # see `scenes.truth`
@@ -55,7 +76,7 @@ class ToyCOCO(Drawn):
 
     def __init__(
         self,
-        split: str = "train",  # "train", "validation", "test", or "unseen_pairs": pairs of colour and shape not in train
+        split: str = "train",  # "train", "validation", "test", or "unseen_pairs": colour-shape pairs that train lacks
         size: int = 64,  # pixels along each side
         length: int = 50_000,  # how many samples
         seed: int = 0,  # another seed, another data set
@@ -73,8 +94,8 @@ class ToyCOCO(Drawn):
         return self._draw(index, 5)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        said = {"caption": 1, "captions": 5}
-        n = max(said.get(key, 0) for key in self.keys)
+        needed = {"caption": 1, "captions": 5}
+        n = max(needed.get(key, 0) for key in self.keys)
         scenes, texts = zip(*(self._draw(int(index), n) for index in indices))
         parts = {"captions": texts, "caption": [text[0] for text in texts if text]}
         if "image" in self.keys:
@@ -85,7 +106,11 @@ class ToyCOCO(Drawn):
 
 
 class ToyCelebA(Drawn):
-    "Drawn faces, with attributes that are true of the image."
+    """Drawn faces, with attributes that are true of the image.
+
+    A sample is a dict of the `keys` that were asked for: `image` (3, size, size) in [-1, 1], `attributes` (16,), 0 or 1
+    for each of `attribute_names`, and `segmentation` (size, size), indices into `segment_names`.
+    """
 
     splits = ("train", "validation", "test")
     known_keys = ("image", "attributes", "segmentation")
