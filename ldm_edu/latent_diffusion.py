@@ -140,7 +140,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #1193db2f
 class LatentDiffusion(Sampling):
-    "A latent diffusion model (§ 3): first stage, UNet, schedule, and a conditioner if it is told what to draw."
+    "A latent diffusion model (§ 3): first stage, UNet, schedule, and a conditioner unless it is unconditional."
 
     def save_pretrained(
         self,

@@ -279,7 +279,7 @@ def verdict(caption: str, found: Sequence[Thing]) -> Verdict:
         a, b = match[i], match[j]
         return a is not None and b is not None and relation(a, b) == word
 
-    return Verdict(caption, tuple(found), missing, tuple(rest), tuple(holds(*told) for told in description.relations))
+    return Verdict(caption, tuple(found), missing, tuple(rest), tuple(holds(*said) for said in description.relations))
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #ff628807
 @dataclass(frozen=True)
@@ -289,7 +289,7 @@ class PromptAccuracy:
     prompts: Share  # captions of which every thing is there
     exact: Share  # ... and nothing else
     things: Share  # things that are there, of all that were asked for
-    relations: Share  # relations that hold, of all that were told
+    relations: Share  # relations that hold, of all that the captions name
     verdicts: tuple[Verdict, ...]
     judge: Mapping[str, str]  # the judge's own scores
 
@@ -313,12 +313,12 @@ def prompt_accuracy(
         raise LDMError(f"one caption for each image is needed: {len(images)} images, {len(captions)} captions")
     verdicts = tuple(verdict(text, found) for text, found in zip(captions, reader.read(images)))
     wanted = sum(len(read_caption(text).things) for text in captions)
-    told = [holds for v in verdicts for holds in v.relations]
+    held = [holds for v in verdicts for holds in v.relations]
     return PromptAccuracy(
         prompts=Share(sum(not v.missing for v in verdicts), len(verdicts)),
         exact=Share(sum(not v.missing and not v.extra for v in verdicts), len(verdicts)),
         things=Share(wanted - sum(len(v.missing) for v in verdicts), wanted),
-        relations=Share(sum(told), len(told)),
+        relations=Share(sum(held), len(held)),
         verdicts=verdicts,
         judge=(reader.provenance or {}).get("scores", {"itself": "not measured"}),
     )

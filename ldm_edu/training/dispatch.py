@@ -5,8 +5,9 @@ from typing import Any
 
 from torch import nn
 
+from ldm_edu.errors import LDMError
 from ldm_edu.training.judge import train_features, train_reader
-from ldm_edu.training.recipes import AnyRecipe, AutoencoderRecipe, ReaderRecipe, Recipe
+from ldm_edu.training.recipes import AnyRecipe, AutoencoderRecipe, FeaturesRecipe, ReaderRecipe, Recipe
 from ldm_edu.training.stages import train_autoencoder, train_latent_diffusion
 
 __all__ = ["train"]
@@ -23,6 +24,9 @@ def train(
         return train_latent_diffusion(recipe, folder, data_dir, **how)
     if isinstance(recipe, AutoencoderRecipe):
         return train_autoencoder(recipe, folder, data_dir, **how)
+
+    if not isinstance(recipe, ReaderRecipe | FeaturesRecipe):
+        raise LDMError(f"recipe should be a recipe, such as find_recipe('toy-demo'), not {recipe!r}")
 
     # The judge and the features draw their own data and use no LPIPS.
     how.pop("weights_dir", None)

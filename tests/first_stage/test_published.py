@@ -524,7 +524,7 @@ def test_what_does_not_fit_is_named(tmp_path, small, kind):
 
 def test_groups_that_no_layer_can_have(tmp_path, small):
     save_tensors(small.state_dict(), tmp_path / "x.safetensors")
-    with pytest.raises(CheckpointError, match="8 cannot be split into 32 groups"):
+    with pytest.raises(CheckpointError, match="channels=8 cannot be split into groups=32"):
         load_published(tmp_path / "x.safetensors")
 
 
