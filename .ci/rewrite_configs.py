@@ -10,16 +10,31 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from ldm_edu.checkpoints import PRETRAINED, load_json, save_json
+from ldm_edu.checkpoints import CLASS, PRETRAINED, load_json, save_json
 from ldm_edu.training.recipes import RECIPES, recipe_from_dict, recipe_to_dict
 
 NAMES = {"made": "provenance", "codes": "num_codes"}  # of a config's entries
 SCORES = {"unseen": "held_out"}  # of a provenance's entries: a loss
 
 
+CLASSES = {  # of the networks that are no first stages, by the folder's name
+    "unet": "UNet",
+    "conditioner": "TextConditioner",
+    "scene-reader": "SceneReader",
+    "toy-features": "ToyFeatures",
+    "toy-text2image": "LatentDiffusion",
+}
+
+
+def class_of(config: dict, path: Path) -> str:
+    """The class that a config without one describes."""
+    return CLASSES.get(path.parent.name, "AutoencoderVQ" if "num_codes" in config else "AutoencoderKL")
+
+
 def rewritten(config: dict, path: Path) -> dict:
-    """The config under today's names, with its recipe as `RECIPES` has it."""
+    """The config under today's names, with its class and with its recipe as `RECIPES` has it."""
     config = {NAMES.get(name, name): value for name, value in config.items()}
+    config = {CLASS: config.get(CLASS, class_of(config, path))} | config
     if (provenance := config.get("provenance")) is None:
         return config
     provenance = {SCORES.get(name, name): value for name, value in provenance.items()}

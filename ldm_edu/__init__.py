@@ -35,10 +35,19 @@ from ldm_edu.diffusion import (
     last,
 )
 from ldm_edu.denoiser import UNet
-from ldm_edu.conditioning import Condition, Guidance, TextConditioner, TextTransformer, WordTokenizer, drop
+from ldm_edu.conditioning import (
+    Condition,
+    Conditioner,
+    Guidance,
+    MergedConditioner,
+    TextConditioner,
+    TextTransformer,
+    WordTokenizer,
+    drop,
+)
 from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.evaluation import LPIPS, SceneReader, ToyFeatures, prompt_accuracy, psnr, score_first_stage, ssim
-from ldm_edu.training import RECIPES, Recipe, find_recipe, train, train_autoencoder
+from ldm_edu.training import RECIPES, Recipe, RunOptions, Stage, find_recipe, train
 
 __all__ = [
     "COCO",
@@ -51,6 +60,7 @@ __all__ = [
     "CelebA",
     "CheckpointError",
     "Condition",
+    "Conditioner",
     "DataError",
     "DiagonalGaussian",
     "DownloadError",
@@ -62,11 +72,14 @@ __all__ = [
     "ImageFolder",
     "LDMError",
     "LatentDiffusion",
+    "MergedConditioner",
     "NoiseSchedule",
     "PatchDiscriminator",
     "Recipe",
+    "RunOptions",
     "SceneReader",
     "SeededNoise",
+    "Stage",
     "Step",
     "TextConditioner",
     "TextTransformer",
@@ -99,5 +112,4 @@ __all__ = [
     "set_seed",
     "ssim",
     "train",
-    "train_autoencoder",
 ]

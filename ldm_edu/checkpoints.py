@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,8 +24,11 @@ from ldm_edu.errors import CheckpointError
 
 __all__ = [
     "Part",
+    "Saved",
     "atomic",
     "checkpoint_path",
+    "find_checkpoint",
+    "find_class",
     "load_json",
     "load_notes",
     "load_tensors",
@@ -33,7 +36,8 @@ __all__ = [
     "save_tensors",
 ]
 
-M = TypeVar("M", bound=nn.Module)  # the class whose module is loaded
+C = TypeVar("C")  # the class that is looked for
+P = TypeVar("P", bound="Part")  # the class whose module is loaded
 
 
 # --- Files ---
@@ -156,6 +160,9 @@ def checkpoint_path(name: str | Path) -> Path:
     raise CheckpointError(f"no folder and no shipped checkpoint '{name}'; shipped: {', '.join(shipped) or 'none'}")
 
 
+_HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # "user/model"
+
+
 def _download(name: str, part: str | None) -> Path:
     "The local copy of a checkpoint on the Hugging Face hub, or of one part of it."
     from huggingface_hub import snapshot_download
@@ -167,25 +174,92 @@ def _download(name: str, part: str | None) -> Path:
         raise CheckpointError(f"no folder '{name}', and it cannot be had from the hub: {_brief(error)}") from error
 
 
-def _find(name: str | Path, part: str | None) -> Path:
-    "The folder that `from_pretrained` reads: a local one, a shipped one, or for 'user/model' one from the hub."
+def find_checkpoint(
+    name: str | Path,  # a folder, a shipped checkpoint, or "user/model" on the Hugging Face hub
+    part: str | None = None,  # subfolder; of a checkpoint on the hub, nothing else is downloaded then
+) -> Path:
+    "The local folder of a checkpoint, or of a part of it; CheckpointError where it is found nowhere."
     try:
         folder = checkpoint_path(name)
     except CheckpointError:
-        if not isinstance(name, str) or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        if not isinstance(name, str) or not _HUB_NAME.fullmatch(name):
             raise
         folder = _download(name, part)
     return folder / part if part else folder
 
 
+class Saved:
+    "Base class of what is saved to a folder: with `save_pretrained(folder)`, it has `push_to_hub`, too."
+
+    def save_pretrained(self, folder: str | Path, half: bool = False) -> None:
+        "Write everything into `folder`."
+        raise NotImplementedError
+
+    def push_to_hub(
+        self,
+        repo_id: str,  # "user/model"; the repository is created where it does not exist
+        *,
+        half: bool = False,  # upload the weights as float16
+        commit_message: str = "Push model using huggingface_hub.",
+        private: bool | None = None,  # of a new repository; None: as the account has it
+        token: str | None = None,  # None: the one that `hf auth login` has stored
+        branch: str | None = None,  # None: main
+        **upload: Any,  # further arguments of `HfApi.upload_folder`, such as create_pr=True
+    ) -> str:  # address of the commit
+        "Upload what `save_pretrained` writes to the Hugging Face hub."
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder, half=half)
+            repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
+            how = {"commit_message": commit_message, "revision": branch} | upload
+            return api.upload_folder(repo_id=repo_id, repo_type="model", folder_path=folder, **how)
+
+
 # --- A module from its two files ---
 
 _OLD_NAMES = {"made": "provenance", "codes": "num_codes"}  # arguments as version 0.1.0 wrote them into config.json
+CLASS = "class"  # entry of a config that names the class; a Python keyword, so no argument can have this name
 
 
-def _tuples(value: Any) -> Any:
-    "`value` with every list in it, at any depth, as a tuple: JSON has lists only."
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+def _plain(value: Any) -> Any:
+    "An argument as JSON can hold it: a part, also in a list, becomes its class's name and its arguments."
+    if isinstance(value, Part):
+        return value.description
+    return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _from_json(value: Any) -> Any:
+    "The inverse of `_plain`, with every list, at any depth, as a tuple: JSON has lists only."
+    if isinstance(value, list):
+        return tuple(map(_from_json, value))
+    if isinstance(value, dict) and CLASS in value:
+        return _build(Part, value)
+    return value
+
+
+def _subclasses(base: type) -> Iterator[type]:
+    "A class and all that are derived from it and have been imported; the newest of a name last."
+    yield base
+    for cls in base.__subclasses__():
+        yield from _subclasses(cls)
+
+
+def find_class(
+    base: type[C],  # the class itself, or one that it is derived from
+    name: str,
+) -> type[C]:
+    "The class of that name; CheckpointError where no imported module defines it, or where it is of another kind."
+    found = {cls.__name__: cls for cls in _subclasses(base)}
+    if name in found:
+        return found[name]
+    if name in {cls.__name__ for cls in _subclasses(Part)}:
+        raise CheckpointError(f"{name} is no {base.__name__}")
+    known = ", ".join(sorted(cls for cls in found if not cls.startswith("_")))
+    raise CheckpointError(
+        f"class '{name}' is not known: import the module that defines it first; known {base.__name__}s: {known}"
+    )
 
 
 def _arguments(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -195,36 +269,49 @@ def _arguments(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := [name for name in config if name not in wanted]:
         raise CheckpointError(f"{cls.__name__} has no argument {', '.join(unknown)}")
     lists = {name for name in config if "list" in str(wanted[name].annotation).lower()}
-    return {name: value if name in lists else _tuples(value) for name, value in config.items()}
+    return {
+        name: [*map(_from_json, value)] if name in lists and isinstance(value, list) else _from_json(value)
+        for name, value in config.items()
+    }
 
 
-def _load(cls: type[M], config: Path, weights: Path) -> M:
-    "The module of class `cls` that two files describe; building it leaves the global random stream where it was."
+def _build(base: type[C], config: Mapping[str, Any]) -> C:
+    "A new object of the class that a config names, of `base` where it names none."
+    arguments = dict(config)
+    cls = find_class(base, str(arguments.pop(CLASS, getattr(base, "unnamed", None) or base.__name__)))
+    return cls(**_arguments(cls, arguments))
+
+
+def _load(cls: type[C], config: Path, weights: Path) -> C:
+    "The module that two files describe; building it leaves the global random stream where it was."
     arguments = load_json(config)
     tensors = load_tensors(weights)
     try:
         with torch.random.fork_rng(devices=[]):
-            model = cls(**_arguments(cls, arguments))
+            model = _build(cls, arguments)
     except Exception as error:  # a foreign config may make the constructor raise anything
         raise CheckpointError(f"{config} describes no {cls.__name__}: {_brief(error)}") from error
     try:
-        model.load_state_dict(tensors)
+        cast(nn.Module, model).load_state_dict(tensors)
     except RuntimeError as error:
-        raise CheckpointError(f"{weights} does not fit {cls.__name__}: {_brief(error)}") from error
+        raise CheckpointError(f"{weights} does not fit {type(model).__name__}: {_brief(error)}") from error
     return model
 
 
-class Part(nn.Module):
+class Part(nn.Module, Saved):
     """Base class of a module that is saved to a folder and built again from it: `class UNet(Part)`.
 
     The method names are those of `transformers` and `diffusers`: `save_pretrained`, `from_pretrained`, `push_to_hub`.
-    The arguments of the constructor are recorded when an object is made. Each must be something that JSON can hold.
-    JSON has no tuples: what comes back as a list becomes a tuple, unless the argument is annotated as a list.
-    Some arguments are known only after training, such as the scale factor of a first stage. `follow` names these; each
-    needs an attribute of the same name, whose present value is saved.
+    The arguments of the constructor are recorded when an object is made. Each must be something that JSON can hold, or
+    another part, or a list of parts. JSON has no tuples: what comes back as a list becomes a tuple, unless the argument
+    is annotated as a list. Some arguments are known only after training, such as the scale factor of a first stage.
+    `follow` names these; each needs an attribute of the same name, whose present value is saved.
+    config.json names the class, so `from_pretrained` of a base class gives the derived class that was saved. A class of
+    your own is found by its name once its module is imported.
     """
 
     follow: ClassVar[tuple[str, ...]] = ()  # arguments whose present value, an attribute of that name, is saved
+    unnamed: ClassVar[str | None] = None  # the class of a config that names none, as version 0.1.0 wrote it
     _made_with: dict[str, Any]
 
     def __new__(cls, *args: Any, **kwargs: Any):
@@ -232,13 +319,20 @@ class Part(nn.Module):
         part = super().__new__(cls)
         call = inspect.signature(cls.__init__).bind_partial(part, *args, **kwargs)
         call.apply_defaults()
-        part._made_with = dict(list(call.arguments.items())[1:])  # without self
+        starred = [p.name for p in call.signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        named = list(call.arguments.items())[1:]  # without self
+        part._made_with = {name: value for name, value in named if name not in starred}
         return part
 
     @property
     def config(self) -> dict[str, Any]:
         "The arguments that make a module like this one; those in `follow` with their present value."
         return self._made_with | {name: getattr(self, name) for name in self.follow}
+
+    @property
+    def description(self) -> dict[str, Any]:
+        "What config.json says: the name of the class under `class`, and the arguments."
+        return {CLASS: type(self).__name__} | {name: _plain(value) for name, value in self.config.items()}
 
     def save_pretrained(
         self,
@@ -253,39 +347,19 @@ class Part(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(folder / "config.json") as temporary:
-            save_json(self.config, temporary)
+            save_json(self.description, temporary)
             save_tensors(self.state_dict(), folder / "model.safetensors", half)
 
     @classmethod
     def from_pretrained(
-        cls: type[M],
+        cls: type[P],
         name: str | Path,  # a folder, a shipped checkpoint, or "user/model" on the Hugging Face hub
         part: str | None = None,  # subfolder, such as "first_stage", "unet", "conditioner"
-    ) -> M:
-        """The module saved under `name`, on the CPU and in eval mode.
+    ) -> P:
+        """The module saved under `name`, on the CPU and in eval mode: of this class or of one derived from it.
 
-        Loading is strict: CheckpointError names the file where an argument is unknown, a weight is missing, superfluous
-        or of another shape, or a file is not whole.
+        Loading is strict: CheckpointError names the file where a class or an argument is unknown, a weight is missing,
+        superfluous or of another shape, or a file is not whole.
         """
-        folder = _find(name, part)
+        folder = find_checkpoint(name, part)
         return _load(cls, folder / "config.json", folder / "model.safetensors").eval()
-
-    def push_to_hub(
-        self,
-        repo_id: str,  # "user/model"; the repository is created where it does not exist
-        *,
-        commit_message: str = "Push model using huggingface_hub.",
-        private: bool | None = None,  # of a new repository; None: as the account has it
-        token: str | None = None,  # None: the one that `hf auth login` has stored
-        branch: str | None = None,  # None: main
-        **upload: Any,  # further arguments of `HfApi.upload_folder`, such as create_pr=True
-    ) -> str:  # address of the commit
-        "Upload config.json and model.safetensors to the Hugging Face hub."
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id=repo_id, private=private, exist_ok=True).repo_id
-        with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            how = {"commit_message": commit_message, "revision": branch} | upload
-            return api.upload_folder(repo_id=repo_id, repo_type="model", folder_path=folder, **how)

@@ -32,6 +32,7 @@ from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.settings import load_settings
 from ldm_edu.training.dispatch import train as train_recipe
 from ldm_edu.training.recipes import RECIPES, Recipe, find_recipe
+from ldm_edu.training.run import RunOptions
 
 __all__ = ["app"]
 
@@ -173,6 +174,9 @@ def train(
         bool, typer.Option(help="keep images and weights in channels-last memory order: often faster on NVIDIA GPUs")
     ] = False,
     every: Annotated[int, typer.Option(min=1, help="steps between lines of the log")] = 100,
+    tracker: Annotated[
+        list[str] | None, typer.Option(help="log to this tracker too, if it is installed: tensorboard, wandb, …")
+    ] = None,
 ) -> None:
     "Train a recipe: a diffusion model with its first stage, a first stage alone, the judge, or the toy features."
     chosen = find_recipe(recipe)
@@ -180,20 +184,22 @@ def train(
         chosen = chosen.shortened(max_steps)
     settings = load_settings()
     out = out or Path("runs") / recipe
-    how = {
-        "cache_dir": cache_dir or settings.data_dir / "cache",
-        "weights_dir": settings.weights_dir,
-        "resume": resume,
-        "every": every,
-        "log_fn": None if sys.stderr.isatty() else typer.echo,
-        "device": device or settings.device,
-        "precision": precision,
-        "compile": compile,
-        "channels_last": channels_last,
-    }
+    options = RunOptions(
+        data_dir=data_dir or settings.data_dir,
+        cache_dir=cache_dir or settings.data_dir / "cache",
+        weights_dir=settings.weights_dir,
+        device=device or settings.device,
+        precision=precision,
+        resume=resume,
+        every=every,
+        compile=compile,
+        channels_last=channels_last,
+        trackers=tracker or (),
+        log_fn=None if sys.stderr.isatty() else typer.echo,
+    )
     began = time.monotonic()
     try:
-        train_recipe(chosen, out, data_dir or settings.data_dir, **how)
+        train_recipe(chosen, out, options)
     except KeyboardInterrupt as stopped:
         line = shlex.join([*_typed(sys.argv[1:]), "--resume"])
         typer.echo(f"\n{stopped or 'stopped'}\nThis command continues the run:\n  {line}")
@@ -359,7 +365,7 @@ def demo(
     typer.echo("2. a small model is trained from nothing: scenes are drawn, then first stage and UNet are trained")
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        small: Any = train_recipe(recipe, Path(folder) / "run", device=str(where), sample_every=0)
+        small: Any = train_recipe(recipe, Path(folder) / "run", RunOptions(device=str(where), sample_every=0))
     seconds = time.monotonic() - began
     scratch = small.to(where).sample(_CAPTIONS, steps=steps, scale=3.0, seed=1).cpu()
     _demo_figure(drawn, scratch, f"from nothing, {seconds:.0f} s", out)

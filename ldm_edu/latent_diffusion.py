@@ -6,7 +6,8 @@
 __all__ = ['LatentDiffusion']
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #cef05413
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .basics import progress
-from .checkpoints import checkpoint_path, load_json, save_json
-from .conditioning.condition import Condition
+from .checkpoints import CLASS, Saved, find_checkpoint, load_json, save_json
+from .conditioning.condition import Condition, Conditioner
 from .conditioning.guidance import Guidance
-from .conditioning.text import TextConditioner
 from .denoiser.unet import UNet
 from .diffusion.sampling import SAMPLERS, SeededNoise, last
 from .diffusion.schedule import NoiseSchedule
@@ -27,13 +27,14 @@ from .first_stage.autoencoder import FirstStage
 from .first_stage.quantization import load_first_stage
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #8c7ef353
-def _check_parts(first_stage: FirstStage, unet: UNet, conditioner: TextConditioner | None, size: int) -> None:
+def _check_parts(first_stage: FirstStage, unet: UNet, conditioner: Conditioner | None, size: int) -> None:
     "`LDMError` if the parts of a model do not fit each other, or if the size of its images does not fit them."
     if size % first_stage.f:
         raise LDMError(f"size={size} is no multiple of first_stage's f = {first_stage.f}")
-    if (unet.context_dim is None) != (conditioner is None):
-        wanted = "conditioner must be there exactly if that is not None"
-        raise LDMError(f"unet has context_dim={unet.context_dim}, so {wanted}")
+    for slot in ("context_dim", "concat_channels", "vector_dim"):
+        wanted, filled = getattr(unet, slot) or 0, getattr(conditioner, slot, None) or 0
+        if wanted != filled:
+            raise LDMError(f"unet was built with {slot}={wanted}, but conditioner gives {slot}={filled}")
     if unet.in_channels != (channels := first_stage.latent_channels):
         raise LDMError(f"unet takes {unet.in_channels} channels, but first_stage's latents have {channels}")
 
@@ -46,7 +47,7 @@ class ModelParts(nn.Module):
         first_stage: FirstStage,  # images to latents and back
         unet: UNet,  # the denoiser
         schedule: NoiseSchedule,  # what the UNet was trained with
-        conditioner: TextConditioner | None = None,  # captions to conditions; None: unconditional
+        conditioner: Conditioner | None = None,  # batches to conditions; None: unconditional
         size: int = 64,  # height and width of the images it was trained on
         provenance: dict[str, Any] | None = None,  # recipe, steps, seconds, device, scores
     ):
@@ -65,53 +66,101 @@ class ModelParts(nn.Module):
         side = self.size // self.first_stage.f
         return self.first_stage.latent_channels, side, side
 
-    def denoiser(self, prompts: Sequence[str] | None, scale: float) -> tuple[Callable[..., Tensor], Condition | None]:
-        "What a sampler needs: a denoiser, guided if there are prompts, and the condition to call it with."
+    @property
+    def device(self) -> torch.device:
+        "Where the UNet's weights are."
+        return next(self.unet.parameters()).device
+
+# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #5288fbf3
+class Denoising(ModelParts):
+    "A model that turns a batch into what a sampler needs."
+
+    def denoiser(
+        self,
+        batch: Mapping[str, Any] | Sequence[str] | None,  # what the conditioner reads; a list of captions will do
+        scale: float,  # of the guidance
+        check: bool = False,  # see `Guidance`
+    ) -> tuple[Callable[..., Tensor], Condition | None]:
+        "A denoiser, guided where there is a condition, and the condition to call it with."
         if self.conditioner is None:
-            if prompts is not None:
+            if batch is not None:
                 raise LDMError("prompts: this model is unconditional: give n, the number of images, instead")
             return self.unet, None
-        if prompts is None:
-            raise LDMError("prompts: this model needs prompts")
-        return Guidance(self.unet, self.conditioner.null(), scale), self.conditioner(prompts)
+        keys = ", ".join(self.conditioner.keys)
+        if batch is None:
+            raise LDMError(f"prompts: this model needs prompts, or a batch with {keys}")
+        batch = dict(batch) if isinstance(batch, Mapping) else {"caption": batch}
+        if missing := [key for key in self.conditioner.keys if key not in batch]:
+            raise LDMError(f"prompts: this model reads {keys}: give a batch, a dict, with {', '.join(missing)}")
+        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        cond, null = self.conditioner(moved), self.conditioner.null()
+        return (Guidance(self.unet, null, scale, check) if null.slots() else self.unet), cond
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #757fe713
-def _requests(prompts: Sequence[str] | str | None, n: int | None) -> tuple[Sequence[str] | None, int]:
-    "One prompt for each image, or None, and the number of images; `LDMError` if the two do not fit or ask for nothing."
+def _requests(
+    prompts: Mapping[str, Any] | Sequence[str] | str | None, n: int | None
+) -> tuple[dict[str, Any] | None, int]:
+    "What is asked for as a batch, or None, and the number of images; `LDMError` if the two do not fit."
     if prompts is None or isinstance(prompts, str):
         count = 1 if n is None else n
         if count < 1:
             raise LDMError("n: nothing to draw; ask for at least one image")
-        return (None if prompts is None else [prompts] * count), count
-    if not len(prompts):
+        return (None if prompts is None else {"caption": [prompts] * count}), count
+    if not isinstance(prompts, Mapping | Sequence):
+        raise LDMError(f"prompts: {prompts!r} is neither captions nor a batch; n is the number of images")
+    batch = dict(prompts) if isinstance(prompts, Mapping) else {"caption": list(prompts)}
+    if not (count := len(next(iter(batch.values()), []))):
         raise LDMError("prompts: an empty list; ask for at least one image")
-    if n not in (None, len(prompts)):
-        raise LDMError(f"n={n}, but there are {len(prompts)} prompts: n goes with one prompt, or with none")
-    return prompts, len(prompts)
+    if n not in (None, count):
+        raise LDMError(f"n={n}, but there are {count} prompts: n goes with one prompt, or with none")
+    return batch, count
+
+# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #6049823b
+_DIFFUSERS = {  # words of diffusers, and ours
+    "prompt": "prompts",
+    "num_inference_steps": "steps",
+    "guidance_scale": "scale",
+    "num_images_per_prompt": "n",
+    "generator": "seed",
+    "scheduler": "sampler",
+}
+
+
+def _check_words(words: Mapping[str, Any], sampler: str) -> None:
+    "`LDMError` for a sampler that does not exist, or for a word that it does not know."
+    if sampler not in SAMPLERS:
+        raise LDMError(f"unknown sampler '{sampler}'; known: {', '.join(SAMPLERS)}")
+    arguments = inspect.signature(SAMPLERS[sampler]).parameters.values()
+    known = [p.name for p in arguments if p.kind is p.KEYWORD_ONLY and p.name != "noise"]
+    for word in words:
+        if word in _DIFFUSERS:
+            raise LDMError(f"{word}: our word is {_DIFFUSERS[word]}")
+        if word not in known:
+            raise LDMError(f"{word}: no argument of `sample`, nor of {sampler}, which has: {', '.join(known) or 'none'}")
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #172c010a
-class Sampling(ModelParts):
+class Sampling(Denoising):
     "A model that draws: noise, guided denoising, decoding."
 
     @torch.no_grad()
     def sample(
         self,
-        prompts: Sequence[str] | str | None = None,  # one image for each
+        prompts: Mapping[str, Any] | Sequence[str] | str | None = None,  # captions, or a batch: one image for each
         n: int | None = None,  # how many images of one prompt, or of an unconditional model
         steps: int = 50,  # denoising steps
         scale: float = 3.0,  # guidance scale s; 1 is unguided
         seed: int = 0,  # the first image's seed; the next ones have seed + 1, seed + 2, …
         sampler: str = "ddim",  # a key of SAMPLERS
         show_progress: bool = False,  # a bar, on a live terminal or notebook
+        check: bool = False,  # refuse a UNet whose predictions ignore the condition? See `Guidance`
         **options: Any,  # further arguments of the sampler, such as eta=1.0
     ) -> Float[Tensor, "b 3 h w"]:
         "Images in [−1, 1] on the model's device. `LDMError` if prompts, n, steps or sampler make no sense."
-        if sampler not in SAMPLERS:
-            raise LDMError(f"unknown sampler '{sampler}'; known: {', '.join(SAMPLERS)}")
-        prompts, count = _requests(prompts, n)
-        denoise, cond = self.denoiser(prompts, scale)
+        _check_words(options, sampler)
+        batch, count = _requests(prompts, n)
+        denoise, cond = self.denoiser(batch, scale, check)
         noise = SeededNoise(range(seed, seed + count))
-        x_T = noise.noise(self.latent_shape).to(next(self.unet.parameters()).device)
+        x_T = noise.noise(self.latent_shape).to(self.device)
         walk = SAMPLERS[sampler](denoise, x_T, self.schedule, steps=steps, cond=cond, noise=noise, **options)
         z = last(progress(walk, "sampling", total=steps) if show_progress else walk)
         return self.first_stage.decode(z).clamp(-1, 1)
@@ -120,13 +169,15 @@ class Sampling(ModelParts):
 _LOADERS: dict[str, Callable[..., Any]] = {  # folders of a checkpoint, and what loads them
     "first_stage": load_first_stage,
     "unet": UNet.from_pretrained,
-    "conditioner": TextConditioner.from_pretrained,
+    "conditioner": Conditioner.from_pretrained,
 }
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #2ab9dd2c
 def _read_config(path: Path) -> dict[str, Any]:
     "What a config.json says of a `LatentDiffusion`; `CheckpointError` names the file if it says something else."
     config = load_json(path)
+    if (kind := config.get(CLASS, "LatentDiffusion")) != "LatentDiffusion":
+        raise CheckpointError(f"{path} describes a {kind}, which is a part and not a whole LatentDiffusion")
     try:
         return {
             "schedule": NoiseSchedule(**config["schedule"]),
@@ -139,7 +190,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not describe a LatentDiffusion: {error}") from error
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #1193db2f
-class LatentDiffusion(Sampling):
+class LatentDiffusion(Sampling, Saved):
     "A latent diffusion model (§ 3): first stage, UNet, schedule, and a conditioner unless it is unconditional."
 
     def save_pretrained(
@@ -152,16 +203,17 @@ class LatentDiffusion(Sampling):
         for name in _LOADERS:
             if (part := getattr(self, name)) is not None:
                 part.save_pretrained(folder / name, half=half)
-        config = {"schedule": self.schedule.config, "size": self.size, "conditional": self.conditioner is not None}
-        save_json(config | {"provenance": self.provenance}, folder / "config.json")
+        config = {CLASS: "LatentDiffusion", "schedule": self.schedule.config, "size": self.size}
+        config |= {"conditional": self.conditioner is not None, "provenance": self.provenance}
+        save_json(config, folder / "config.json")
 
     @classmethod
     def from_pretrained(
         cls,
-        name: str | Path,  # a folder, or the name of a shipped checkpoint
+        name: str | Path,  # a folder, a shipped checkpoint, or "user/model" on the Hugging Face hub
     ) -> "LatentDiffusion":
         "The model saved under `name`, on the CPU, ready to sample; `CheckpointError` names a file that does not fit."
-        folder = checkpoint_path(name)
+        folder = find_checkpoint(name)
         config = _read_config(folder / "config.json")
         conditional = config.pop("conditional")
         wanted = [part for part in _LOADERS if conditional or part != "conditioner"]

@@ -1,7 +1,17 @@
 """What a model is conditioned on: conditions, text, classifier-free guidance (§ 3.3, 4.3)."""
 
-from ldm_edu.conditioning.condition import Condition
+from ldm_edu.conditioning.condition import Condition, Conditioner, MergedConditioner
 from ldm_edu.conditioning.guidance import Guidance, drop
-from ldm_edu.conditioning.text import TextConditioner, TextTransformer, WordTokenizer
+from ldm_edu.conditioning.text import TextConditioner, TextTransformer, WordTokenizer, frequent_words
 
-__all__ = ["Condition", "Guidance", "TextConditioner", "TextTransformer", "WordTokenizer", "drop"]
+__all__ = [
+    "Condition",
+    "Conditioner",
+    "Guidance",
+    "MergedConditioner",
+    "TextConditioner",
+    "TextTransformer",
+    "WordTokenizer",
+    "drop",
+    "frequent_words",
+]

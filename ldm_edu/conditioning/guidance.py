@@ -15,6 +15,18 @@ from torch import Tensor
 from .condition import Condition
 from ..errors import LDMError
 
+# %% ../../nbs/4_conditioning/44_guidance.ipynb #78e1b06c
+def refuse_deaf(cond: Condition, null: Condition, with_cond: Tensor, without: Tensor) -> None:
+    "LDMError where no prediction changes although the condition does; both conditions are of the same images."
+    others = null.slots()
+    differ = [(v != others[name]).flatten(1).any(1) for name, v in cond.slots().items()]
+    rows = torch.stack(differ).any(0)
+    if rows.any() and torch.allclose(with_cond[rows], without[rows], rtol=1e-5, atol=1e-6):
+        raise LDMError(
+            "the network's prediction is the same with its condition and without, so guidance changes nothing: "
+            "the network is untrained, does not use the condition, or was trained with drop=1"
+        )
+
 # %% ../../nbs/4_conditioning/44_guidance.ipynb #34cd3689
 class Guidance:
     "Classifier-free guidance (Ho & Salimans, w = scale - 1): the denoiser `eps_u + scale * (eps_c - eps_u)`."
@@ -24,10 +36,12 @@ class Guidance:
         denoise: Callable[..., Tensor],  # any denoiser f(x_t, t, cond) -> prediction
         null: Condition,  # what it was trained with where the condition was dropped; for one image, or for all
         scale: float | int = 3.0,  # s: 0 ignores the condition, 1 is unguided, above 1 strengthens it
+        check: bool = False,  # refuse, at the first call, a network whose prediction ignores the condition?
     ):
         self.denoise = denoise
         self.null = null
         self.scale = scale
+        self.check = check
 
     def __call__(
         self,
@@ -36,13 +50,17 @@ class Guidance:
         cond: Condition | None = None,
     ) -> Float[Tensor, "b *shape"]:
         "Both predictions in one doubled batch, mixed; at scale 1 a single plain call. `LDMError` without a condition."
-        if self.scale == 1:
+        if self.scale == 1 and not self.check:
             return self.denoise(x_t, t, cond)
         if cond is None:
             raise LDMError(f"cond is missing: guidance with scale={self.scale} needs a condition")
         # first the images without their condition, then with it
-        both = Condition.cat([self.null.expand(len(x_t)), cond])
+        without = cond.dropped(self.null)
+        both = Condition.cat([without, cond])
         eps_u, eps_c = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        if self.check:
+            refuse_deaf(cond, without, eps_c, eps_u)
+            self.check = False
         return eps_u + self.scale * (eps_c - eps_u)
 
 # %% ../../nbs/4_conditioning/44_guidance.ipynb #0875bd31
@@ -55,4 +73,4 @@ def drop(
     "The training half of classifier-free guidance: `null` where `u < p`, `cond` elsewhere."
     if not 0 <= p <= 1:
         raise LDMError(f"p={p} is not a probability from 0 to 1")
-    return cond.where(u >= p, null)
+    return cond if p == 0 else cond.where(u >= p, null)

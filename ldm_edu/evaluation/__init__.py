@@ -1,5 +1,6 @@
 """Distances between images, the judge, and scores of whole models."""
 
+from ldm_edu.evaluation.conditions import ConditionScores, score_condition
 from ldm_edu.evaluation.features import ToyFeatures
 from ldm_edu.evaluation.judge import PromptAccuracy, SceneReader, Share, prompt_accuracy, what
 from ldm_edu.evaluation.metrics import LPIPS, psnr, ssim
@@ -8,6 +9,7 @@ from ldm_edu.evaluation.reconstruction import score_first_stage
 
 __all__ = [
     "LPIPS",
+    "ConditionScores",
     "PromptAccuracy",
     "SceneReader",
     "Share",
@@ -17,6 +19,7 @@ __all__ = [
     "draw_captions",
     "prompt_accuracy",
     "psnr",
+    "score_condition",
     "score_first_stage",
     "score_prompts",
     "ssim",

@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..checkpoints import checkpoint_path, load_json
+from ..checkpoints import CLASS, find_checkpoint, load_json
 from ..errors import LDMError
 from .autoencoder import AutoencoderKL, Decoder, DiagonalGaussian, Encoder, FirstStage, Quantized
 
@@ -182,16 +182,15 @@ class IdentityFirstStage(PointFirstStage):
 
 # %% ../../nbs/1_first_stage/15_quantization.ipynb #71a57236
 def load_first_stage(
-    name: str | Path,  # a folder, or the name of a shipped checkpoint: of a first stage, or of a model that has one
+    name: str | Path,  # of a first stage or of a model that has one: a folder, a shipped checkpoint, or "user/model"
     part: str | None = None,  # subfolder; None: "first_stage" where there is one
 ) -> FirstStage:
-    "The saved first stage, of the kind that config.json describes, in eval mode; `CheckpointError` names a bad file."
-    folder = checkpoint_path(name)
-    folder = folder / (part or ("first_stage" if (folder / "first_stage").is_dir() else ""))
-    config = load_json(folder / "config.json")
-    kind: type[FirstStage] = IdentityFirstStage
-    if "num_codes" in config or "codes" in config:  # version 0.1.0 called it `codes`
-        kind = AutoencoderVQ
-    elif "channels" in config:
-        kind = AutoencoderKL
+    "The saved first stage, of the class that config.json names, in eval mode; `CheckpointError` names a bad file."
+    folder = find_checkpoint(name, part)
+    if part is None and (folder / "first_stage").is_dir():
+        folder = folder / "first_stage"
+    kind, config = FirstStage, load_json(folder / "config.json")
+    if CLASS not in config:  # version 0.1.0 named no class
+        codebook = {"num_codes", "codes"} & set(config)
+        kind = AutoencoderVQ if codebook else AutoencoderKL if "channels" in config else IdentityFirstStage
     return kind.from_pretrained(folder)

@@ -1,22 +1,23 @@
 """Recipes, the loop that trains them, and what a run keeps in its folder."""
 
 from ldm_edu.training.dispatch import train
-from ldm_edu.training.loop import EMA, batch_indices, learning_rate, optimise, step_randomness
+from ldm_edu.training.loop import EMA, Stage, StepResult, batch_indices, learning_rate, optimise, step_randomness
 from ldm_edu.training.recipes import (
     RECIPES,
     AdversarialRecipe,
     AutoencoderRecipe,
+    ConditionerRecipe,
     DiffusionRecipe,
     FeaturesRecipe,
     FirstStageRecipe,
     ReaderRecipe,
     Recipe,
-    TextRecipe,
     Training,
     find_recipe,
 )
-from ldm_edu.training.run import Run, open_run
-from ldm_edu.training.stages import run_stage, train_autoencoder
+from ldm_edu.training.resume import run_stage
+from ldm_edu.training.run import Run, RunOptions, open_run
+from ldm_edu.training.stages import DiffusionStage, FirstStageStage
 from ldm_edu.training.state import State
 
 __all__ = [
@@ -24,14 +25,19 @@ __all__ = [
     "RECIPES",
     "AdversarialRecipe",
     "AutoencoderRecipe",
+    "ConditionerRecipe",
     "DiffusionRecipe",
+    "DiffusionStage",
     "FeaturesRecipe",
     "FirstStageRecipe",
+    "FirstStageStage",
     "ReaderRecipe",
     "Recipe",
     "Run",
+    "RunOptions",
+    "Stage",
     "State",
-    "TextRecipe",
+    "StepResult",
     "Training",
     "batch_indices",
     "find_recipe",
@@ -41,5 +47,4 @@ __all__ = [
     "run_stage",
     "step_randomness",
     "train",
-    "train_autoencoder",
 ]

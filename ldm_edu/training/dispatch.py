@@ -1,35 +1,59 @@
 """Train whatever a recipe is for."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import nn
 
+from ldm_edu.checkpoints import Part
 from ldm_edu.errors import LDMError
-from ldm_edu.training.judge import train_features, train_reader
-from ldm_edu.training.recipes import AnyRecipe, AutoencoderRecipe, FeaturesRecipe, ReaderRecipe, Recipe
-from ldm_edu.training.stages import train_autoencoder, train_latent_diffusion
+from ldm_edu.training.data import check_fit
+from ldm_edu.training.judge import FeaturesStage, ReaderStage
+from ldm_edu.training.recipes import AnyRecipe, AutoencoderRecipe, FeaturesRecipe, ReaderRecipe, Recipe, recipe_to_dict
+from ldm_edu.training.resume import run_stage
+from ldm_edu.training.run import RunOptions, open_run
+from ldm_edu.training.stages import DiffusionStage, FirstStageStage
 
 __all__ = ["train"]
+
+STAGES: dict[type, tuple[Any, ...]] = {  # what is trained for each kind of recipe, one after the other
+    Recipe: (FirstStageStage, DiffusionStage),
+    AutoencoderRecipe: (FirstStageStage,),
+    ReaderRecipe: (ReaderStage,),
+    FeaturesRecipe: (FeaturesStage,),
+}
 
 
 def train(
     recipe: AnyRecipe,
     folder: str | Path,  # of the run; made if it is not there
-    data_dir: str | Path | None = None,  # where the data set lies; toy data needs none
-    **how: Any,  # cache_dir, weights_dir, device, precision, resume, every, …: see `train_autoencoder` and `open_run`
+    options: RunOptions = RunOptions(),
 ) -> nn.Module:
-    "Train whatever a recipe is for: both stages of a diffusion model, a first stage, the judge, or the features."
-    if isinstance(recipe, Recipe):
-        return train_latent_diffusion(recipe, folder, data_dir, **how)
-    if isinstance(recipe, AutoencoderRecipe):
-        return train_autoencoder(recipe, folder, data_dir, **how)
+    """Train whatever a recipe is for: a latent diffusion model, a first stage, the judge, or the features.
 
-    if not isinstance(recipe, ReaderRecipe | FeaturesRecipe):
+    The result is also saved to `folder`/model. LDMError, before anything is written, where recipe, options, data and
+    folder do not fit each other.
+    """
+    if not isinstance(recipe, AnyRecipe):
         raise LDMError(f"recipe should be a recipe, such as find_recipe('toy-demo'), not {recipe!r}")
+    if isinstance(recipe, Recipe | AutoencoderRecipe):
+        check_fit(recipe, options)
+    run = open_run(recipe, folder, options)
 
-    # The judge and the features draw their own data and use no LPIPS.
-    how.pop("weights_dir", None)
-    if isinstance(recipe, ReaderRecipe):
-        return train_reader(recipe, folder, **how)
-    return train_features(recipe, folder, **how)
+    model, history = None, {}
+    for kind in STAGES[type(recipe)]:
+        stage = kind(recipe, run, model)
+        average, history[stage.name] = run_stage(run, stage)
+        model = stage.finish(average)
+        history[stage.name] |= stage.about
+    if len(history) == 1:
+        (history,) = history.values()
+
+    done = cast(Part, model)
+    done.provenance = {"recipe": recipe_to_dict(recipe), "torch": torch.__version__} | history
+    done.eval().float().requires_grad_(True)  # a moving average is not trained, but the model may be
+    if run.is_main:
+        done.save_pretrained(run.folder / "model")
+    run.accelerator.end_training()
+    return done

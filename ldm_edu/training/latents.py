@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from ldm_edu.basics import progress
 from ldm_edu.checkpoints import load_notes, load_tensors, save_tensors
-from ldm_edu.data.cache import ImageCache
+from ldm_edu.data.cache import SampleCache
 from ldm_edu.errors import CheckpointError
 from ldm_edu.first_stage.autoencoder import FirstStage
-from ldm_edu.training.run import RunAccelerator, writing
+from ldm_edu.training.run import Run, RunAccelerator, writing
 
 __all__ = ["cached_latents"]
 
@@ -21,7 +21,7 @@ __all__ = ["cached_latents"]
 @torch.no_grad()
 def encode_all(
     first_stage: FirstStage,
-    dataset: ImageCache,
+    dataset: SampleCache,
     accelerator: RunAccelerator,
     n: int | None = None,  # the first n images; None: all
 ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
@@ -48,8 +48,8 @@ def weights_checksum(module: nn.Module) -> str:
 def cached_latents(
     path: Path,
     first_stage: FirstStage,
-    dataset: ImageCache,
-    accelerator: RunAccelerator,
+    dataset: SampleCache,
+    run: Run,
     n: int | None = None,  # the first n images; None: all
 ) -> tuple[Float[Tensor, "n c h w"], Float[Tensor, "n c h w"]]:
     "What `encode_all` gives: read from the file `path` where that fits weights and images, else made and written there."
@@ -61,8 +61,8 @@ def cached_latents(
             return tensors["mean"], tensors["logvar"]
     except CheckpointError:  # missing or damaged: it can be made again
         pass
-    mean, logvar = encode_all(first_stage, dataset, accelerator, n)
-    if accelerator.is_main_process:
+    mean, logvar = encode_all(first_stage, dataset, run.accelerator, n)
+    if run.is_main:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         save_tensors({"mean": mean, "logvar": logvar}, path, notes=notes)

@@ -1,15 +1,13 @@
-"""Where a run lives and what it runs on: folder, log, device, signals."""
+"""Where a run lives and what it runs on: options, folder, log, device, signals."""
 
-import difflib
 import json
 import os
 import platform
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -17,16 +15,54 @@ from typing import Any, cast
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker, get_available_trackers
 from torch import Tensor
 
 from ldm_edu.basics import pick_device, pick_dtype
 from ldm_edu.checkpoints import atomic, leftovers, load_json, save_json
 from ldm_edu.errors import LDMError
-from ldm_edu.training.recipes import AnyRecipe, Training, recipe_differences, recipe_from_dict, recipe_to_dict
+from ldm_edu.training.recipes import AnyRecipe, Training, flatten, recipe_differences
+from ldm_edu.training.recipes import recipe_from_dict, recipe_to_dict
 
-__all__ = ["Run", "SignalGuard", "open_run"]
+__all__ = ["Run", "RunOptions", "SignalGuard", "open_run"]
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+
+
+# Options -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    "How a run is done. None of these decides what is learned: that is the recipe's."
+
+    data_dir: str | Path | None = None  # where the data set lies; toy data needs none
+    cache_dir: str | Path | None = None  # where prepared samples are kept, shared by runs; None: in the run's folder
+    weights_dir: str | Path | None = None  # where the weights of LPIPS lie, if the recipe wants it
+    device: str = "auto"  # see `pick_device`
+    precision: str | None = None  # one of PRECISIONS; None: bf16 where the device computes faster in it, else fp32
+    resume: bool = False  # go on with the run in the folder
+    every: int = 100  # steps between lines of the log
+    save_every: float = 60.0  # seconds between checkpoints
+    sample_every: int | None = None  # steps between samples drawn into the folder; None: a tenth of the stage; 0: never
+    compile: bool = False  # torch.compile the network?
+    channels_last: bool = False  # keep the channels of a pixel side by side in memory? Faster convolutions on many GPUs
+    trackers: Sequence[str | GeneralTracker] = ()  # of accelerate, beside log.jsonl: "tensorboard", "wandb", …
+    log_fn: Callable[[str], None] | None = None  # called with each log line when no progress bar is shown
+
+    def __post_init__(self):
+        if self.precision not in (None, *PRECISIONS):
+            raise LDMError(f"unknown precision '{self.precision}'; known: {', '.join(PRECISIONS)}")
+        if self.every < 1:
+            raise LDMError(f"every={self.every} must be at least 1, the steps between two lines of the log")
+        if self.sample_every is not None and self.sample_every < 0:
+            raise LDMError(f"sample_every={self.sample_every} must be a number of steps, 0 for never, or None")
+        if isinstance(self.trackers, str):
+            raise LDMError(f"trackers are a list of names: [{self.trackers!r}] rather than {self.trackers!r}")
+        for tracker in self.trackers:
+            known = sorted(str(name) for name in get_available_trackers())  # those whose packages are installed
+            if isinstance(tracker, str) and tracker not in known:
+                raise LDMError(f"tracker '{tracker}' is unknown or not installed; here: {', '.join(known) or 'none'}")
 
 
 # Device and precision ------------------------------------------------------------------------------------------------
@@ -49,11 +85,17 @@ class RunAccelerator(Accelerator):
 
 def make_accelerator(
     device: str = "auto",  # see `pick_device`
-    precision: str | None = None,  # one of PRECISIONS; None: bf16 where the device computes in it, else fp32
+    precision: str | None = None,  # one of PRECISIONS; None: bf16 where the device computes faster in it, else fp32
+    trackers: Sequence[str | GeneralTracker] = (),  # see `RunOptions`
+    folder: str | Path | None = None,  # where trackers write
 ) -> RunAccelerator:
     "The accelerator for a device; `LDMError` for a precision that is unknown or that the device does not have."
     where = pick_device(device)
-    precision = precision or ("bf16" if pick_dtype(where) == torch.bfloat16 else "fp32")
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if precision is None:
+        # On a CPU this is decided by timing, in which several processes might disagree.
+        timed = processes == 1 or where.type != "cpu"
+        precision = "bf16" if timed and pick_dtype(where) == torch.bfloat16 else "fp32"
     if precision not in PRECISIONS:
         raise LDMError(f"unknown precision '{precision}'; known: {', '.join(PRECISIONS)}")
     if precision == "fp16" and where.type == "cpu":
@@ -62,12 +104,14 @@ def make_accelerator(
         raise LDMError("precision 'fp64' does not exist on mps; take fp32")
 
     # accelerate keeps the precision for the whole process; a second run in the same process may choose anew.
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if processes == 1:
         AcceleratorState._reset_state(reset_partial_state=True)
     if where.type == "cuda" and where.index is not None:
         torch.cuda.set_device(where)
     mixed = precision if precision in ("bf16", "fp16") else "no"
-    accelerator = RunAccelerator(cpu=where.type == "cpu", mixed_precision=mixed)
+    accelerator = RunAccelerator(
+        cpu=where.type == "cpu", mixed_precision=mixed, log_with=list(trackers) or None, project_dir=folder
+    )
     accelerator.precision = precision
     accelerator.dtype = torch.float64 if precision == "fp64" else torch.float32
     return accelerator
@@ -91,21 +135,27 @@ class Run:
 
     folder: Path
     accelerator: RunAccelerator
-    every: int = 100  # steps between lines of the log
-    save_every: float = 60.0  # seconds between checkpoints
-    sample_every: int | None = None  # steps between samples drawn into the folder; None: a tenth of the stage; 0: never
-    compile: bool = False  # torch.compile the network?
-    channels_last: bool = False  # keep the channels of a pixel side by side in memory? faster convolutions on many GPUs
+    options: RunOptions = RunOptions()
     notes: Mapping[str, str] = field(default_factory=dict)  # texts for every checkpoint: recipe and versions
-    log_fn: Callable[[str], None] | None = None  # called with each log line when no progress bar is shown
 
-    def log(self, **values: Any) -> None:
-        "Append one line to log.jsonl."
-        if not self.accelerator.is_main_process:
-            return
-        path = self.folder / "log.jsonl"
-        with writing(path), open(path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(values) + "\n")
+    @property
+    def is_main(self) -> bool:
+        "Is this the process that writes?"
+        return self.accelerator.is_main_process
+
+    @property
+    def cache(self) -> Path:
+        "Where prepared samples are kept."
+        return Path(self.options.cache_dir or self.folder / "cache")
+
+    def log(self, stage: str, step: int, **values: Any) -> None:
+        "Append one line to log.jsonl, and tell the trackers."
+        if self.is_main:
+            path = self.folder / "log.jsonl"
+            with writing(path), open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
+        if self.options.trackers:
+            self.accelerator.log({f"{stage}/{name}": value for name, value in values.items()}, step=step)
 
     def read_log(self) -> list[dict[str, Any]]:
         "The lines of the log; a line that was cut short is left out."
@@ -116,7 +166,7 @@ class Run:
     def cut_log(self, stage: str, step: int) -> None:
         "Drop a stage's lines from after `step`: those steps will be done again."
         path = self.folder / "log.jsonl"
-        if self.accelerator.is_main_process and path.exists():
+        if self.is_main and path.exists():
             kept = [line for line in self.read_log() if line["stage"] != stage or line["step"] <= step]
             with writing(path), atomic(path) as temporary:
                 temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
@@ -124,10 +174,6 @@ class Run:
     def shard(self, indices: Sequence[int]) -> list[int]:
         "This process's share of a batch."
         return list(indices[self.accelerator.process_index :: self.accelerator.num_processes])
-
-
-# What may be changed in a run: the fields of `Run` that `open_run` does not set itself.
-OPTIONS = tuple(f.name for f in fields(Run) if f.name not in ("folder", "accelerator", "notes"))
 
 
 def plot_log(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -144,48 +190,6 @@ def plot_log(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.legend(frameon=False)
     with atomic(path) as temporary:
         figure.savefig(temporary, format="png")
-
-
-class Meter:
-    "Mean loss, images a second, and the share of time spent waiting for data, since the meter was last read."
-
-    def __init__(self, batch_size: int):
-        self.batch_size = batch_size
-        self.asked = time.monotonic()
-        self._reset()
-
-    def _reset(self) -> None:
-        self.losses: list[float] = []
-        self.waited = 0.0
-        self.spent = 0.0
-
-    def ask(self) -> None:
-        "The loop asks for its next batch: a step begins. What lies between two steps is not counted."
-        self.asked = time.monotonic()
-
-    def receive(self) -> None:
-        "The loop has its batch."
-        self.waited += time.monotonic() - self.asked
-
-    def finish(self, loss: float) -> float:
-        "The step is done; returns its images a second."
-        seconds = time.monotonic() - self.asked
-        self.spent += seconds
-        self.losses.append(loss)
-        return self.batch_size / max(seconds, 1e-9)
-
-    def read(self) -> dict[str, float]:
-        "What was measured, and begin anew; empty if there was no step."
-        if not (n := len(self.losses)):
-            return {}
-        spent = max(self.spent, 1e-9)
-        scores = {
-            "loss": sum(self.losses) / n,
-            "images_per_second": round(n * self.batch_size / spent, 1),
-            "waiting": round(self.waited / spent, 4),
-        }
-        self._reset()
-        return scores
 
 
 # Signals -------------------------------------------------------------------------------------------------------------
@@ -215,24 +219,18 @@ class SignalGuard:
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
-    def any_process(self, accelerator: RunAccelerator) -> bool:
-        "Has any of the processes been asked to stop? All get the same answer, so that none waits for another."
+    def any_process(self, accelerator: RunAccelerator, step: int = 0) -> bool:
+        "Has any of the processes been asked to stop? Several processes ask each other at every tenth step only."
         if accelerator.num_processes == 1:
             return self.requested
-        flag = torch.tensor(float(self.requested), device=accelerator.device)
-        return bool(accelerator.over_processes(flag, "sum") > 0)
+        if step % 10:
+            return False
+        if self.requested:
+            accelerator.set_trigger()
+        return accelerator.check_trigger()
 
 
 # Opening a run -------------------------------------------------------------------------------------------------------
-
-
-def check_options(options: Mapping[str, Any]) -> None:
-    "TypeError for a keyword that is no option of a run; it lists the known ones, or names the nearest."
-    for name in options:
-        if name not in OPTIONS:
-            near = difflib.get_close_matches(name, OPTIONS, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(OPTIONS)}"
-            raise TypeError(f"a run has no option '{name}'; {hint}")
 
 
 def check_batch_size(
@@ -288,28 +286,38 @@ def stage_trainings(recipe: AnyRecipe) -> list[Training]:
 def open_run(
     recipe: AnyRecipe,
     folder: str | Path,  # of the run; made if it is not there
-    device: str = "auto",  # see `pick_device`
-    precision: str | None = None,  # see `make_accelerator`
-    resume: bool = False,  # go on with the run in `folder`
-    **options: Any,  # fields of `Run`: every, save_every, sample_every, compile, channels_last, log_fn
+    options: RunOptions = RunOptions(),
 ) -> Run:
     "Open the folder of a new run, or of one that goes on. Whatever is refused is refused before anything is written."
-    check_options(options)
-    accelerator = make_accelerator(device, precision)
+    folder = Path(folder)
+    known = folder / "run.json"
+    precision = options.precision
+    if options.resume and precision is None and known.exists():
+        precision = load_json(known).get("precision")  # it was chosen by timing, perhaps on a busier day
+    accelerator = make_accelerator(options.device, precision, options.trackers, folder)
     for training in stage_trainings(recipe):
         check_batch_size(training, accelerator.num_processes)
 
-    folder = Path(folder)
     if accelerator.is_main_process:
-        refuse_other_run(folder, recipe, resume)
-        if resume:
+        refuse_other_run(folder, recipe, options.resume)
+        if options.resume:
             sweep_leftovers(folder)
         write_recipe(folder, recipe)
+        with writing(known):
+            save_json({"precision": accelerator.precision}, known)
     accelerator.wait_for_everyone()
+    if options.trackers:
+        accelerator.init_trackers("ldm_edu", config=tracked(recipe))
 
     notes = {"recipe": json.dumps(recipe_to_dict(recipe)), "python": platform.python_version()}
     notes |= {package: version(package) for package in ("ldm_edu", "torch", "accelerate")}
-    return Run(folder, accelerator, notes=notes, **options)
+    return Run(folder, accelerator, options, notes)
+
+
+def tracked(recipe: AnyRecipe) -> dict[str, str | int | float | bool]:
+    "The recipe as trackers keep it: numbers and texts under dotted names."
+    flat = flatten(recipe_to_dict(recipe))
+    return {name: value if isinstance(value, str | int | float) else str(value) for name, value in flat.items()}
 
 
 def provenance(run: Run, training: Training, seconds: float, scores: Mapping[str, Any]) -> dict[str, Any]:

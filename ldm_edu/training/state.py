@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ldm_edu.checkpoints import atomic, load_notes, load_tensors, save_tensors
-from ldm_edu.errors import CheckpointError
-from ldm_edu.training.loop import EMA
-from ldm_edu.training.recipes import Training
+from ldm_edu.errors import CheckpointError, LDMError
+from ldm_edu.training.loop import EMA, Stage
 from ldm_edu.training.run import Run, writing
 
 __all__ = ["State"]
@@ -91,19 +90,22 @@ def state_file(run: Run, stage: str, best: bool = False) -> Path:
     return run.folder / f"{stage}{'.best' if best else ''}.safetensors"
 
 
-def save_state(run: Run, stage: str, state: State, best: bool = False) -> None:
-    "Write the newest state; with `best`, as the best one too."
-    if not run.accelerator.is_main_process:
+def save_state(run: Run, stage: Stage, state: State, best: bool = False) -> None:
+    "Write the newest state; with `best`, as the best one too. LDMError, and the old files stay, if it is not finite."
+    if not run.is_main:
         return
-    newest = state_file(run, stage)
-    notes = {**run.notes, "stage": stage, "step": str(state.step)}
+    newest, tensors = state_file(run, stage.name), state.tensors()
+    floats = [value for name, value in tensors.items() if value.is_floating_point() and name != "best"]
+    if not all(torch.stack([value.isfinite().all().cpu() for value in floats])):
+        raise LDMError(f"after step {state.step - 1} of {stage.name} some weights are not finite: they are not saved")
+    notes = {**run.notes, **stage.notes, "stage": stage.name, "step": str(state.step)}
     if not best:
-        save_tensors(state.tensors(), newest, notes=notes)
+        save_tensors(tensors, newest, notes=notes)
         return
 
     # The best state is written first; then the same file gets the name of the newest one, too.
-    kept = state_file(run, stage, best=True)
-    save_tensors(state.tensors(), kept, notes=notes)
+    kept = state_file(run, stage.name, best=True)
+    save_tensors(tensors, kept, notes=notes)
     with writing(newest), atomic(newest) as temporary:
         try:
             os.link(kept, temporary)
@@ -111,19 +113,20 @@ def save_state(run: Run, stage: str, state: State, best: bool = False) -> None:
             shutil.copyfile(kept, temporary)
 
 
-def load_state(run: Run, stage: str, state: State) -> None:
+def load_state(run: Run, stage: Stage, state: State) -> None:
     "Restore the newest state of a stage, if there is one; `CheckpointError` says what to do where it is no good."
-    path, best = state_file(run, stage), state_file(run, stage, best=True)
+    path, best = state_file(run, stage.name), state_file(run, stage.name, best=True)
     if not path.exists():
         return
-    anew = f"remove {path.name}: {stage} then begins again"
+    anew = f"remove {path.name}: {stage.name} then begins again"
     try:
         notes, tensors = load_notes(path), load_tensors(path)
     except CheckpointError as error:
         spare = f"put {best.name} in its place, or " if best.exists() else ""
         raise CheckpointError(f"{error}. To go on, {spare}{anew}") from error
+    wanted = {**run.notes, **stage.notes}
     for name, what in (("recipe", "another recipe"), ("images", "other images")):
-        if notes.get(name) != run.notes.get(name):
+        if notes.get(name) != wanted.get(name):
             raise CheckpointError(f"{path} was made with {what}: put those back, or {anew}")
     try:
         state.restore(tensors)
@@ -131,14 +134,14 @@ def load_state(run: Run, stage: str, state: State) -> None:
         raise CheckpointError(f"{path} does not fit this network ({error}). To go on, {anew}") from error
 
 
-def make_state(run: Run, task: nn.Module, training: Training) -> tuple[State, nn.Module, Any]:
+def make_state(run: Run, stage: Stage) -> tuple[State, nn.Module, Any]:
     "The state of a stage that begins, and network and optimiser as accelerate wraps them."
-    accelerator = run.accelerator
-    layout = torch.channels_last if run.channels_last else torch.preserve_format
+    accelerator, training = run.accelerator, stage.training
+    layout = torch.channels_last if run.options.channels_last else torch.preserve_format
     # PyTorch's stubs do not know that a module can be given a memory format.
-    task = task.to(accelerator.device, accelerator.dtype, memory_format=layout)  # type: ignore[call-overload]
+    task = stage.task.to(accelerator.device, accelerator.dtype, memory_format=layout)  # type: ignore[call-overload]
     ema = EMA(task, training.ema)
-    if run.compile:
+    if run.options.compile:
         task.compile()
     optimizer = torch.optim.AdamW(
         task.parameters(), training.lr, betas=training.betas, weight_decay=training.weight_decay, fused=True

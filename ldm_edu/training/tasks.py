@@ -1,6 +1,6 @@
 """Networks with their losses, as the training loop takes them."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,24 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ldm_edu.checkpoints import find_class
+from ldm_edu.conditioning.condition import Conditioner, MergedConditioner
 from ldm_edu.conditioning.guidance import drop
-from ldm_edu.conditioning.text import TextConditioner
-from ldm_edu.data.toy.captions import VOCABULARY
 from ldm_edu.denoiser.unet import UNet
 from ldm_edu.diffusion.schedule import NoiseSchedule, diffusion_loss
+from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.features import ToyFeatures
 from ldm_edu.evaluation.metrics import LPIPS
 from ldm_edu.first_stage.adversarial import Adversary, PatchDiscriminator
 from ldm_edu.first_stage.autoencoder import AutoencoderKL, FirstStage
 from ldm_edu.first_stage.losses import FirstStageLoss
 from ldm_edu.first_stage.quantization import AutoencoderVQ
-from ldm_edu.training.recipes import FirstStageRecipe, Recipe
+from ldm_edu.training.recipes import DiffusionRecipe, FirstStageRecipe, Recipe
 
 __all__ = ["DiffusionTask", "FirstStageTask"]
+
+# The UNet's arguments for the slots of a condition, where there is none.
+EMPTY: dict[str, Any] = {"context_dim": None, "concat_channels": 0, "vector_dim": None}
 
 # The fields of a first stage's recipe that are arguments of its network, whatever its regulariser.
 SHAPE = ("channels", "multipliers", "blocks", "latent_channels", "attention", "attention_factors", "groups")
@@ -51,7 +55,7 @@ def perceptual_distance(
 
 
 class FirstStageTask(nn.Module):
-    "A first stage with its loss: batch `image` (b, 3, h, w), `latent_noise` and `step` to a loss (§ 3.1, eq. 25)."
+    "A first stage with its loss: batch `image` (b, 3, h, w), `latent_noise` and the number `step` to a loss (eq. 25)."
 
     def __init__(
         self,
@@ -89,7 +93,7 @@ class FirstStageTask(nn.Module):
         x = batch["image"]
         reconstruction, regulariser = self.model(x, batch["latent_noise"])
         adversary = None
-        if self.adversary is not None and self.uses_adversary(int(batch["step"][0])):
+        if self.adversary is not None and self.uses_adversary(batch["step"]):
             adversary = partial(self.adversary, last_layer=self.model.last_layer, average=self.average)
         loss, terms = self.criterion(x, reconstruction.to(x.dtype), regulariser, adversary)
 
@@ -99,14 +103,50 @@ class FirstStageTask(nn.Module):
         return loss, terms
 
 
-class DiffusionTask(nn.Module):
-    "UNet and conditioner, trained jointly on latents `z` (eq. 2; with captions eq. 3)."
+def no_column(key: str) -> Any:
+    "The column of a data set that is not there."
+    raise LDMError(f"the training data decide a part of this conditioner, their '{key}': it cannot be built without them")
 
-    def __init__(self, recipe: Recipe, vocabulary: Sequence[str] = VOCABULARY):
+
+def conditioner_class(name: str) -> type[Conditioner]:
+    "The class of that name; `CheckpointError` where no imported module defines it."
+    return find_class(Conditioner, name)
+
+
+def conditioner_keys(recipe: DiffusionRecipe) -> tuple[str, ...]:
+    "The keys of a batch that a recipe's conditioners read."
+    return tuple(dict.fromkeys(key for line in recipe.conditioners for key in conditioner_class(line.name).keys))
+
+
+def build_conditioner(
+    recipe: DiffusionRecipe,
+    column: Callable[[str], Any] = no_column,  # key -> all values of the training data, for a vocabulary
+) -> Conditioner | None:
+    "The untrained conditioner of a recipe: several are merged, None where there is none."
+    parts = []
+    for line in recipe.conditioners:
+        cls = conditioner_class(line.name)
+        try:
+            parts.append(cls(**cls.complete(line.arguments, column)))
+        except TypeError as error:
+            raise LDMError(f"conditioner {line.name}: {error}") from error
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return MergedConditioner(parts)
+
+
+class DiffusionTask(nn.Module):
+    "UNet and conditioner, trained jointly on latents `z` (eq. 2; with a condition eq. 3)."
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        conditioner: Conditioner | None = None,  # None: the one of the recipe
+    ):
         super().__init__()
-        what, text = recipe.diffusion, recipe.diffusion.text
-        c = recipe.first_stage.latent_channels
-        self.conditioner = text and TextConditioner(vocabulary, text.length, text.dim, text.depth, text.heads)
+        what, c = recipe.diffusion, recipe.first_stage.latent_channels
+        self.conditioner = conditioner or build_conditioner(what)
+        slots = {name: getattr(self.conditioner, name, default) for name, default in EMPTY.items()}
         self.unet = UNet(
             in_channels=c,
             out_channels=c,
@@ -115,15 +155,17 @@ class DiffusionTask(nn.Module):
             blocks=what.blocks,
             attention_factors=what.attention_factors,
             head_channels=what.head_channels,
-            context_dim=text and text.dim,
+            **slots,
         )
-        self.schedule = NoiseSchedule(T=what.T, beta_start=what.beta_start, beta_end=what.beta_end)
+        self.schedule = NoiseSchedule(what.T, what.schedule, what.beta_start, what.beta_end, what.prediction)
         self.drop = what.drop
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        "Encode the captions, drop some of them, predict the noise."
+        "Make the condition, drop it for some of the images, predict the noise."
         cond = None
         if self.conditioner is not None:
-            cond = drop(self.conditioner(batch), self.conditioner.null(), self.drop, batch["u"])
+            cond = self.conditioner(batch)
+            if (null := self.conditioner.null()).slots():
+                cond = drop(cond, null, self.drop, batch["u"])
         loss = diffusion_loss(self.unet, self.schedule, batch["z"], batch["t"], batch["noise"], cond)
         return loss, {"mse": loss.detach()}

@@ -1,0 +1,133 @@
+"""A stage that survives being killed: the loop with its log, its samples and its checkpoints."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from ldm_edu.basics import progress
+from ldm_edu.checkpoints import load_tensors
+from ldm_edu.display import save
+from ldm_edu.training.loop import Stage, StepResult, check_finite, optimise
+from ldm_edu.training.run import Run, SignalGuard, plot_log, provenance, writing
+from ldm_edu.training.state import State, load_state, make_state, save_state, state_file
+
+__all__ = ["run_stage"]
+
+
+def measure(run: Run, stage: Stage, results: Sequence[StepResult]) -> dict[str, float]:
+    "Mean loss over all processes, images a second, share of the time spent waiting for data. Waits for the device."
+    began = time.monotonic()
+    check_finite(results, norms=run.accelerator.scaler is None)
+    spent = sum(result.seconds for result in results) + time.monotonic() - began
+    loss = run.accelerator.over_processes(torch.stack([result.loss for result in results]).mean(), "mean")
+    return {
+        "loss": loss.item(),
+        "images_per_second": round(len(results) * stage.training.batch_size / max(spent, 1e-9), 1),
+        "waiting": round(sum(result.waiting for result in results) / max(spent, 1e-9), 4),
+    }
+
+
+@torch.no_grad()
+def validate(run: Run, stage: Stage, task: nn.Module) -> dict[str, float]:
+    "The scores of a task, in the run's precision."
+    with run.accelerator.autocast():
+        return stage.validate(task)
+
+
+def log_scores(run: Run, stage: Stage, state: State, scores: Mapping[str, float]) -> None:
+    "A line in log.jsonl, and one for the reader where there is no progress bar."
+    run.log(stage.name, state.step, seconds=round(state.seconds, 1), **scores)
+    if run.options.log_fn and run.is_main:
+        listed = ", ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        left = state.seconds / state.step * (stage.training.steps - state.step)
+        run.options.log_fn(f"{stage.name} {state.step}/{stage.training.steps}: {listed}, {left / 60:.1f} min left")
+
+
+@torch.no_grad()
+def save_samples(run: Run, stage: Stage, state: State) -> None:
+    "Samples of the averaged weights, and the losses so far, as images in the run's folder."
+    if not run.is_main:
+        return
+    path = run.folder / "samples" / f"{stage.name}-{state.step:06d}.png"
+    in_float32 = run.accelerator.dtype == torch.float32  # samplers draw their noise in float32
+    if in_float32 and (image := stage.sample(state.ema.module)) is not None:
+        with writing(path):
+            path.parent.mkdir(exist_ok=True)
+            save(image.float().cpu(), path)
+    with writing(run.folder / "loss.png"):
+        plot_log(run.read_log(), run.folder / "loss.png")
+
+
+def kept_average(run: Run, stage: Stage, state: State) -> nn.Module:
+    "The averaged task that is kept, on all processes."
+    run.accelerator.wait_for_everyone()
+    best = state_file(run, stage.name, best=True)
+    if stage.training.keep == "best" and best.exists():
+        averaged = {k.removeprefix("ema."): v for k, v in load_tensors(best).items() if k.startswith("ema.")}
+        state.ema.module.load_state_dict(averaged)
+    return state.ema.module
+
+
+class Watcher:
+    "What is done beside the steps of a stage: log, samples, checkpoints."
+
+    def __init__(self, run: Run, stage: Stage, state: State):
+        self.run, self.stage, self.state = run, stage, state
+        self.results: list[StepResult] = []  # since the last line of the log
+        self.began = time.monotonic() - state.seconds
+        self.saved = time.monotonic()
+        tenth = max(1, stage.training.steps // 10)
+        self.sample_every = tenth if run.options.sample_every is None else run.options.sample_every
+
+    def log(self) -> dict[str, float]:
+        "Log what has been measured since the last line, with scores of the averaged weights; returns all of it."
+        scores = measure(self.run, self.stage, self.results)
+        self.results.clear()
+        if self.run.is_main:
+            scores |= validate(self.run, self.stage, self.state.ema.module)
+        log_scores(self.run, self.stage, self.state, scores)
+        return scores
+
+    def see(self, result: StepResult, stop: bool) -> dict[str, float]:
+        "Do what is due after a step; returns what was logged, if anything was."
+        state, options = self.state, self.run.options
+        state.step, state.seconds = result.step, time.monotonic() - self.began
+        self.results.append(result)
+        end, scores = state.step == self.stage.training.steps, {}
+        if state.step % options.every == 0 or end:
+            scores = self.log()
+        if self.sample_every and (state.step % self.sample_every == 0 or end):
+            save_samples(self.run, self.stage, state)
+
+        improved = scores.get("held_out", math.inf) < state.best
+        if improved or end or stop or time.monotonic() - self.saved > options.save_every:
+            check_finite(self.results, norms=state.scaler is None)
+            state.best = min(state.best, scores.get("held_out", math.inf))
+            save_state(self.run, self.stage, state, improved)
+            self.saved = time.monotonic()
+        return scores
+
+
+def run_stage(run: Run, stage: Stage) -> tuple[nn.Module, dict[str, Any]]:
+    "Train a stage, from its checkpoint in the run's folder if there is one: the averaged task, and how it was made."
+    state, task, optimizer = make_state(run, stage)
+    load_state(run, stage, state)
+    run.cut_log(stage.name, state.step)
+    watcher, accelerator, steps = Watcher(run, stage, state), run.accelerator, stage.training.steps
+    walk = optimise(stage, accelerator, task, optimizer, state.ema, state.step)
+    bar = progress(walk, stage.name, steps - state.step)
+    with SignalGuard() as guard:
+        for result in bar:
+            stop = guard.any_process(accelerator, result.step)
+            scores = watcher.see(result, stop)
+            if scores and (postfix := getattr(bar, "set_postfix_str", None)):  # a progress bar, not a bare iterator
+                postfix(f"loss {scores['loss']:.4g}, {scores['images_per_second']:.0f} images/s")
+            if stop:
+                where = f"{stage.name} stopped after step {state.step}"
+                raise KeyboardInterrupt(f"{where}, and saved: a resumed run goes on from there")
+    average = kept_average(run, stage, state)
+    return average, provenance(run, stage.training, state.seconds, validate(run, stage, average))

@@ -1,0 +1,62 @@
+"""Conditioners of somebody who uses the package: nothing in `ldm_edu` knows them."""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from ldm_edu import Condition, Conditioner
+
+
+class ThingCount(Conditioner):
+    """How many things there are, as a class index through cross-attention: one token."""
+
+    keys = ("boxes",)
+
+    def __init__(self, most: int = 3, dim: int = 32):
+        super().__init__()
+        self.most, self.context_dim = most, dim
+        self.tokens = nn.Embedding(most + 2, dim)  # 0 to `most` things; the last row is the null
+
+    def forward(self, batch):
+        counts = torch.tensor([min(len(boxes), self.most) for boxes in batch["boxes"]])
+        return Condition(context=self.tokens(counts.to(self.tokens.weight.device))[:, None])
+
+    def null(self, b=1):
+        return Condition(context=self.tokens.weight[-1:].expand(b, 1, -1))
+
+
+class ClassMap(Conditioner):
+    """The segmentation, one channel a class, in the size of the latent, stacked on it; dropped, it is zero."""
+
+    keys = ("segmentation",)
+
+    def __init__(self, classes: int = 4, side: int = 8):
+        super().__init__()
+        self.classes, self.side, self.concat_channels = classes, side, classes
+
+    def forward(self, batch):
+        maps = F.one_hot(batch["segmentation"].long().clamp(max=self.classes - 1), self.classes).movedim(-1, 1)
+        return Condition(concat=F.interpolate(maps.float(), size=(self.side, self.side)))
+
+    def null(self, b=1):
+        return Condition(concat=torch.zeros(b, self.classes, 1, 1))
+
+
+class KeptMap(ClassMap):
+    """The same, never dropped."""
+
+    def null(self, b=1):
+        return Condition()
+
+
+class Brightness(Conditioner):
+    """The mean of the image, as a vector: it has no weights."""
+
+    keys = ("image",)
+    vector_dim = 3
+
+    def forward(self, batch):
+        return Condition(vector=batch["image"].mean((2, 3)))
+
+    def null(self, b=1):
+        return Condition(vector=torch.zeros(b, 3))
