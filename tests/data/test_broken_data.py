@@ -488,6 +488,38 @@ REFUSED_COCO: dict[str, tuple[Callable[[Path], object], str]] = {
         note("instances", segmentation=RUNS | {"counts": "garbage"}),
         f"instances.*{ONE}.jpg",
     ),
+    "run lengths of too few pixels": (
+        note("instances", segmentation=RUNS | {"counts": "T44b0"}),
+        f"instances.*{ONE}.jpg.*add up",
+    ),
+    "run lengths of no pixels": (
+        note("instances", segmentation=RUNS | {"counts": "0"}),
+        f"instances.*{ONE}.jpg.*add up",
+    ),
+    "run lengths that end midway": (
+        note("instances", segmentation=RUNS | {"counts": "0oo"}),
+        f"instances.*{ONE}.jpg.*add up",
+    ),
+    "a negative run length": (
+        note("instances", segmentation=RUNS | {"counts": [-1, 1025]}),
+        f"instances.*{ONE}.jpg.*add up",
+    ),
+    "a corner far away": (
+        note("instances", segmentation=[[1, 1, 1e10, 1, 9, 9]]),
+        f"instances.*{ONE}.jpg.*lie in the image",
+    ),
+    "a corner nowhere": (
+        note("instances", segmentation=[[1, 1, float("nan"), 1, 9, 9]]),
+        f"instances.*{ONE}.jpg.*lie in the image",
+    ),
+    "a polygon without end": (
+        note("instances", segmentation=[[0, 0, 300, 300] * 5000]),
+        f"instances.*{ONE}.jpg.*lie in the image",
+    ),
+    "an image too large for masks": (
+        edit("instances", lambda c: [i.update(width=10**9, height=10**9) for i in c["images"]]),
+        "instances.*pixels",
+    ),
     "an image of another size": (lambda r: RED.resize((16, 16)).save(r / JPG), f"{ONE}.jpg.*16 x 16.*original"),
     "a map of another size": (write_map(Image.new("RGB", (16, 16), (9, 0, 0))), f"{ONE}.png .16 x 16 pixels.*original"),
     "a map in grey": (write_map(Image.new("L", (32, 32), 9)), f"{ONE}.png.*three colours"),

@@ -632,6 +632,26 @@ def test_outlines_are_decoded_as_pycocotools_does():
             assert (decode_outline(outline, width, height) == expected).all()
 
 
+def test_damaged_run_lengths_are_refused():
+    """A text with a character changed, left out or put in is another whole mask, or it is refused."""
+    rng, refused = np.random.default_rng(0), 0
+    for _ in range(3000):
+        width, height = (int(n) for n in rng.integers(1, 9, 2))
+        whole = mask.encode(np.asfortranarray(rng.integers(0, 2, (height, width), dtype=np.uint8)))["counts"].decode()
+        place, new = int(rng.integers(len(whole))), chr(rng.integers(40, 120)) * int(rng.integers(3))
+        text = whole[:place] + new + whole[place + 1 :]
+        try:
+            seen = decode_outline({"counts": text, "size": [height, width]}, width, height)
+        except ValueError:
+            refused += 1
+            continue
+        again = mask.encode(np.asfortranarray(seen.astype(np.uint8)))
+        assert mask.area(again) == mask.area({"counts": text, "size": [height, width]}) == seen.sum()
+    assert 1000 < refused < 3000
+    with pytest.raises(ValueError, match="less than"):
+        decode_outline([[1, 1, 9, 1, 9, 9]], 10**9, 10**9)
+
+
 def masks_of(packed: dict) -> np.ndarray:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # pycocotools and NumPy 2
