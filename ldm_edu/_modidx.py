@@ -75,8 +75,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  'ldm_edu/data/degradation.py'),
                                           'ldm_edu.data.degradation._half': ( 'workshop/degradation.html#_half',
                                                                               'ldm_edu/data/degradation.py'),
-                                          'ldm_edu.data.degradation._jpeg_file': ( 'workshop/degradation.html#_jpeg_file',
-                                                                                   'ldm_edu/data/degradation.py'),
                                           'ldm_edu.data.degradation._nearest_first': ( 'workshop/degradation.html#_nearest_first',
                                                                                        'ldm_edu/data/degradation.py'),
                                           'ldm_edu.data.degradation._random_blur': ( 'workshop/degradation.html#_random_blur',

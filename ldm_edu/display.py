@@ -2,16 +2,17 @@
 
 # Images are float tensors in [-1, 1]: (c, h, w), (b, c, h, w), or a list of (c, h, w) of any sizes, with c = 1 (grey) or
 # 3 channels. Anything else is refused by name, since the commonest mistake, (h, w, 3), would be drawn as thin stripes.
-# Matplotlib, PIL and ipywidgets are imported inside the functions that need them: training on a server loads none.
+# Matplotlib, PIL, torchvision and ipywidgets are imported inside the functions that need them: training on a server
+# loads none.
 
 import inspect
-import math
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
@@ -80,20 +81,16 @@ def grid(
     """One image of many, row by row, on a white ground.
 
     The image in row r and column c, counted from 0, has its upper left corner at (p + r (h + p), p + c (w + p)) for
-    images of (h, w) and p = `pad`. `torchvision.utils.make_grid(pad_value=1.0)` gives the same.
+    images of (h, w) and p = `pad`.
     """
-    tensors = _as_list(images)
+    tensors = [image.float().expand(3, -1, -1) for image in _as_list(images)]
     if len(sizes := {tuple(image.shape[1:]) for image in tensors}) > 1:
         raise LDMError(f"`images` should be of one size, not {sorted(sizes)}")
-    h, w = sizes.pop()
-    columns = min(columns or 8, len(tensors))
-    rows = math.ceil(len(tensors) / columns)
-    sheet = torch.ones(3, pad + rows * (h + pad), pad + columns * (w + pad))
-    for i, image in enumerate(tensors):
-        row, column = divmod(i, columns)
-        top, left = pad + row * (h + pad), pad + column * (w + pad)
-        sheet[:, top : top + h, left : left + w] = image
-    return sheet
+    if len(tensors) == 1:  # `make_grid` draws no ground around a single image
+        return F.pad(tensors[0], [pad] * 4, value=1.0)
+    from torchvision.utils import make_grid
+
+    return make_grid(tensors, nrow=columns or 8, padding=pad, pad_value=1.0)
 
 
 # --- Figures of images ---

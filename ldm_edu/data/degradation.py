@@ -9,13 +9,12 @@ __all__ = ['downsample', 'upsample', 'gaussian_kernel', 'blur', 'add_noise', 'jp
 # %% ../../nbs/workshop/degradation.ipynb #878c2017
 import math
 from collections.abc import Callable, Iterator, Sequence
-from io import BytesIO
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from PIL import Image
 from torch import Tensor
 
 from ..display import to_pil
@@ -116,13 +115,6 @@ def add_noise(
     return (images + std * torch.from_numpy(noise).to(images)).clamp(-1, 1)
 
 # %% ../../nbs/workshop/degradation.ipynb #0d2bb91c
-def _jpeg_file(image: Float[Tensor, "c h w"], quality: int) -> BytesIO:
-    "An image as a JPEG file in memory."
-    file = BytesIO()
-    to_pil(image).save(file, format="JPEG", quality=quality)
-    return file
-
-
 def jpeg(
     images: Float[Tensor, "b c h w"],  # in [-1, 1]; 1 channel or 3
     quality: int,  # 1 to 100, as in every program that saves images
@@ -130,9 +122,14 @@ def jpeg(
     "Images after they were saved as JPEG and read again, by Pillow."
     if not 1 <= quality <= 100:
         raise LDMError(f"quality should be from 1 to 100, not {quality}")
-    h, w = _sides(images)
-    pixels = [np.array(Image.open(_jpeg_file(image, quality))).reshape(h, w, -1) for image in images]
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(images) / 127.5 - 1
+    _sides(images)
+    # Loaded here, since torchvision takes a second.
+    from torchvision.transforms.v2 import functional
+
+    # As images of Pillow: torchvision's own reading and writing of JPEG, which takes tensors, is to be removed.
+    pictures: list[Any] = [to_pil(image) for image in images]
+    pixels = [functional.pil_to_tensor(functional.jpeg(picture, quality)) for picture in pictures]
+    return torch.stack(pixels).to(images) / 127.5 - 1
 
 # %% ../../nbs/workshop/degradation.ipynb #dc780a39
 SHRINKERS: dict[str, dict] = {  # arguments of F.interpolate
