@@ -100,7 +100,8 @@ def test_jupyter_is_really_absent_in_the_test_above(installed, tmp_path):
 
 
 def test_import_loads_nothing_heavy(installed, tmp_path):
-    heavy = ["transformers", "lpips", "diffusers", "torchmetrics", "matplotlib.pyplot", "IPython", "ipywidgets"]
+    heavy = ["transformers", "lpips", "scipy", "diffusers", "torchmetrics", "torchvision"]
+    heavy += ["matplotlib.pyplot", "IPython", "ipywidgets"]
     loaded = run(f"import sys; print([name for name in {heavy} if name in sys.modules])", installed, tmp_path)
     assert loaded.strip() == "[]"
 

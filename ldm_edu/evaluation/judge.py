@@ -231,10 +231,11 @@ class Share:
         "Wilson's 95 % interval, from 0 to 1."
         if not self.n:
             return 0.0, 1.0
-        z, p, n = 1.959964, self.share, self.n
-        half = z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-        low, high = ((p + z**2 / (2 * n) + sign * half) / (1 + z**2 / n) for sign in (-1, 1))
-        return max(0.0, low), min(1.0, high)
+        # Loaded here, since it takes a second.
+        from scipy.stats import binomtest
+
+        found = binomtest(self.right, self.n).proportion_ci(0.95, "wilson")
+        return float(found.low), float(found.high)
 
     def __str__(self) -> str:
         low, high = self.interval
