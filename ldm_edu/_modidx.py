@@ -2,8 +2,9 @@
 
 d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_url': '', 'lib_path': 'ldm_edu'},
   'syms': { 'ldm_edu.basics': { 'ldm_edu.basics._available': ('0_start/learning.html#_available', 'ldm_edu/basics.py'),
+                                'ldm_edu.basics._cpu_seconds': ('0_start/learning.html#_cpu_seconds', 'ldm_edu/basics.py'),
                                 'ldm_edu.basics._endless': ('0_start/learning.html#_endless', 'ldm_edu/basics.py'),
-                                'ldm_edu.basics._native_bfloat16': ('0_start/learning.html#_native_bfloat16', 'ldm_edu/basics.py'),
+                                'ldm_edu.basics._seconds': ('0_start/learning.html#_seconds', 'ldm_edu/basics.py'),
                                 'ldm_edu.basics._train_mode': ('0_start/learning.html#_train_mode', 'ldm_edu/basics.py'),
                                 'ldm_edu.basics.check_device_name': ('0_start/learning.html#check_device_name', 'ldm_edu/basics.py'),
                                 'ldm_edu.basics.fit': ('0_start/learning.html#fit', 'ldm_edu/basics.py'),

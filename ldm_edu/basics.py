@@ -12,13 +12,16 @@ import os
 import random
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .errors import LDMError
 
@@ -57,17 +60,44 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 # %% ../nbs/0_start/03_learning.ipynb #64a1a462
-def _native_bfloat16(kind: str) -> bool:
-    "Whether a kind of device multiplies bfloat16 matrices in hardware."
-    if kind == "cuda":
-        return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    probes = [getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile")]
-    return kind == "cpu" and any(probe() for probe in probes if probe)
+def _seconds(dtype: torch.dtype, side: int) -> float:
+    "How long a convolution and a matrix product take on the CPU with autocast to `dtype`, forward and backward."
+    with torch.inference_mode(False), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        images, kernel = torch.ones(2, 32, side, side, requires_grad=True), torch.ones(32, 32, 3, 3, requires_grad=True)
+        matrix = torch.ones(8 * side, 8 * side, requires_grad=True)
+        start = time.perf_counter()
+        (F.conv2d(images, kernel).sum() + (matrix @ matrix).sum()).backward()
+        return time.perf_counter() - start
+
+
+@lru_cache
+def _cpu_seconds() -> dict[torch.dtype, float]:
+    "By number format the least of several times on one thread, measured for at most about 0.2 seconds."
+    seconds, threads = dict.fromkeys((torch.float32, torch.bfloat16), math.inf), torch.get_num_threads()
+    torch.set_num_threads(1)  # several threads wait for each other where other programs run
+    try:
+        for dtype in seconds:
+            _seconds(dtype, side=4)  # small and not counted: torch loads what it needs
+        stop = time.perf_counter() + 0.1
+        for _ in range(20):
+            for dtype in seconds:
+                seconds[dtype] = min(seconds[dtype], _seconds(dtype, side=32))
+            if time.perf_counter() > stop:
+                break
+    finally:
+        torch.set_num_threads(threads)
+    return seconds
 
 
 def pick_dtype(device: torch.device | str) -> torch.dtype:
-    "The number format for autocast: bfloat16 where `device` computes in it natively, else float32."
-    return torch.bfloat16 if _native_bfloat16(torch.device(device).type) else torch.float32
+    "The number format for autocast: bfloat16 on a GPU that has it, and on a CPU that is faster in it; else float32."
+    kind, is_fast = torch.device(device).type, False
+    if kind == "cuda":
+        is_fast = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    elif kind == "cpu":
+        seconds = _cpu_seconds()
+        is_fast = seconds[torch.float32] >= 1.2 * seconds[torch.bfloat16]
+    return torch.bfloat16 if is_fast else torch.float32
 
 # %% ../nbs/0_start/03_learning.ipynb #d35f6a18
 def _endless(batches: Iterable | Callable[[int], Any]) -> Iterator:

@@ -136,13 +136,42 @@ def test_auto_takes_the_best(monkeypatch, cuda, mps, best):
         assert (pick_device(f"cuda:{n}").index == n) if n < cuda else "available" in refusal(pick_device, f"cuda:{n}")
 
 
-@pytest.mark.parametrize("avx, amx", [(1, 0), (0, 1), (1, 1), (0, 0), (None, None)])
-def test_bfloat16_only_where_it_is_native(monkeypatch, avx, amx):
-    for name, there in (("_is_avx512_bf16_supported", avx), ("_is_amx_tile_supported", amx)):
-        monkeypatch.setattr(torch.cpu, name, None if there is None else lambda there=there: bool(there), raising=False)
-    dtype = torch.bfloat16 if avx or amx else torch.float32
+@pytest.mark.parametrize("times_faster, dtype", [(0.01, torch.float32), (1.0, torch.float32), (1.19, torch.float32),
+                                                 (1.21, torch.bfloat16), (8.0, torch.bfloat16)])  # fmt: skip
+def test_bfloat16_on_a_cpu_only_where_it_is_clearly_faster(monkeypatch, times_faster, dtype):
+    seconds = {torch.float32: 2e-3 * times_faster, torch.bfloat16: 2e-3}
+    monkeypatch.setattr(basics, "_cpu_seconds", lambda: seconds)
     assert pick_dtype("cpu") == pick_dtype(torch.device("cpu")) == dtype
     assert pick_dtype("mps") == torch.float32
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_gpu_is_asked_and_not_timed(monkeypatch, native):
+    def never():
+        raise AssertionError("the CPU was timed")
+
+    monkeypatch.setattr(basics, "_cpu_seconds", never)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    assert pick_dtype("cuda:1") == (torch.bfloat16 if native else torch.float32)
+
+
+def test_the_least_of_several_times_counts(monkeypatch):
+    times = {torch.float32: iter([9, 5, 3, 7] * 9), torch.bfloat16: iter([1, 6, 4, 8] * 9)}
+    monkeypatch.setattr(basics, "_seconds", lambda dtype, side: float(next(times[dtype])))
+    assert basics._cpu_seconds.__wrapped__() == {torch.float32: 3.0, torch.bfloat16: 1.0}
+
+
+def test_the_cpu_is_measured_once_and_leaves_no_trace():
+    torch.manual_seed(0)
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    basics._cpu_seconds.cache_clear()
+    with torch.inference_mode():  # as it may be where images are drawn
+        first = basics._cpu_seconds()
+    assert basics._cpu_seconds() is first and set(first) == {torch.float32, torch.bfloat16}
+    assert all(0 < seconds < float("inf") for seconds in first.values())
+    assert torch.equal(torch.get_rng_state(), state) and not torch.is_autocast_enabled("cpu")
+    assert torch.get_num_threads() == threads
 
 
 def test_set_seed_starts_every_stream():
