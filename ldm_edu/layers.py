@@ -1,4 +1,4 @@
-"""Two layers that the first stage and the UNet share: GroupNorm and upsampling."""
+"""What the first stage and the UNet share: GroupNorm, upsampling, and PyTorch's attention."""
 
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ldm_edu.errors import LDMError
 
-__all__ = ["Upsample", "group_norm"]
+__all__ = ["Upsample", "fused_attention", "group_norm"]
 
 
 def group_norm(
@@ -30,3 +30,15 @@ class Upsample(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
         "(b, c, h, w) -> (b, c, 2h, 2w)."
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def fused_attention(
+    q: Float[Tensor, "*b n d"],  # queries
+    k: Float[Tensor, "*b m d"],  # keys
+    v: Float[Tensor, "*b m c"],  # values
+) -> Float[Tensor, "*b n c"]:
+    "PyTorch's `scaled_dot_product_attention`, with contiguous arguments on MPS."
+    if q.device.type == "mps":
+        # torch 2.8 and some later versions are silently wrong there otherwise (PyTorch issues 163597 and 181133)
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    return F.scaled_dot_product_attention(q, k, v)

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..errors import LDMError
-from ..layers import group_norm
+from ..layers import fused_attention, group_norm
 
 # %% ../../nbs/3_denoiser/31_attention.ipynb #c138329c
 def attention_weights(
@@ -54,7 +54,7 @@ def attend(
     small = q.shape[-2] * k.shape[-2] <= 1024**2  # a larger matrix is better never stored
     if small and q.is_cpu and q.dtype == torch.bfloat16 and torch.is_grad_enabled():
         return naive_attention(q, k, v)
-    return F.scaled_dot_product_attention(q, k, v)
+    return fused_attention(q, k, v)
 
 # %% ../../nbs/3_denoiser/31_attention.ipynb #e05e5a18
 def _source(x: Tensor, context: Tensor | None, context_dim: int | None) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import Part
 from ..errors import LDMError
-from ..layers import Upsample, group_norm
+from ..layers import Upsample, fused_attention, group_norm
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #109c3c01
 class ResnetBlock(nn.Module):
@@ -60,7 +60,7 @@ class MiddleAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).mT.contiguous() for layer in (self.q, self.k, self.v))  # (b, h·w, c)
-        out = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # one head: (b, h·w, c)
+        out = fused_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # one head: (b, h·w, c)
         return x + self.proj_out(out.mT.reshape(x.shape))
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #1b95ca68

@@ -10,7 +10,8 @@ from torch import nn
 
 from ldm_edu.denoiser import attention as A
 from ldm_edu.errors import LDMError
-from ldm_edu.layers import group_norm
+from ldm_edu.first_stage.autoencoder import MiddleAttention
+from ldm_edu.layers import fused_attention, group_norm
 
 SEEDS = range(6)
 
@@ -91,6 +92,49 @@ def test_large_maps_are_never_stored_whole(monkeypatch):
     monkeypatch.setattr(A, "naive_attention", refuse)
     q = torch.randn(1, 1, 1025, 2, dtype=torch.bfloat16, requires_grad=True)
     assert A.attend(q, q, q).shape == q.shape
+
+
+class OnMPS(torch.Tensor):
+    """A tensor that says it lies on Apple's GPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("mps")
+
+
+@pytest.fixture
+def given(monkeypatch) -> list[torch.Tensor]:
+    """All that PyTorch's attention was called with so far."""
+    seen, fused = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *qkv: seen.extend(qkv) or fused(*qkv))
+    return seen
+
+
+LAYERS = [
+    lambda: A.SpatialTransformer(64, 2, 32),
+    lambda: A.SpatialTransformer(64, 2, 32, linear=True),
+    lambda: A.AttentionBlock(64, 2),
+    lambda: MiddleAttention(64),
+]
+
+
+@pytest.mark.parametrize("make", LAYERS)
+def test_arguments_are_contiguous_on_mps(given, make):
+    torch.manual_seed(0)
+    layer, x = make(), torch.randn(2, 64, 3, 5)
+    expected = layer(x)
+    given.clear()
+    out = layer(x.as_subclass(OnMPS))
+    assert len(given) in (3, 6) and all(type(y) is OnMPS and y.is_contiguous() for y in given)
+    torch.testing.assert_close(out.as_subclass(torch.Tensor), expected)
+
+
+def test_arguments_are_not_copied_elsewhere(given):
+    views = [A.split_heads(torch.randn(2, n, 32), 4) for n in (6, 3, 3)]
+    assert not any(x.is_contiguous() for x in views)
+    out = A.attend(*views)
+    assert all(x is y for x, y in zip(given, views, strict=True))
+    torch.testing.assert_close(fused_attention(*(x.as_subclass(OnMPS) for x in views)).as_subclass(torch.Tensor), out)
 
 
 @pytest.mark.parametrize("seed", SEEDS)
