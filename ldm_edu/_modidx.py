@@ -342,6 +342,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                  'ldm_edu/diffusion/schedule.py'),
                                             'ldm_edu.diffusion.schedule.NoiseSchedule.x0_and_noise': ( '2_diffusion/diffusion.html#noiseschedule.x0_and_noise',
                                                                                                        'ldm_edu/diffusion/schedule.py'),
+                                            'ldm_edu.diffusion.schedule._cast': ( '2_diffusion/diffusion.html#_cast',
+                                                                                  'ldm_edu/diffusion/schedule.py'),
                                             'ldm_edu.diffusion.schedule._known': ( '2_diffusion/diffusion.html#_known',
                                                                                    'ldm_edu/diffusion/schedule.py'),
                                             'ldm_edu.diffusion.schedule._like': ( '2_diffusion/diffusion.html#_like',

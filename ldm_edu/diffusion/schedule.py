@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..errors import LDMError
 
@@ -84,6 +85,21 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
     return values.to(x.dtype).to(x.device)
 
 
+_CASTS = WeakTensorKeyDictionary()  # table -> {(dtype, device): the same, cast}; an entry goes when its table goes
+
+
+def _cast(table: Tensor, x: Tensor) -> Tensor:
+    "`_like(table, x)`, computed once for each dtype and device. A table is not changed in place."
+    if table.requires_grad or (table.dtype, table.device) == (x.dtype, x.device):
+        return _like(table, x)
+    if table not in _CASTS:
+        _CASTS[table] = {}
+    casts = _CASTS[table]
+    if (x.dtype, x.device) not in casts:
+        casts[x.dtype, x.device] = _like(table, x)
+    return casts[x.dtype, x.device]
+
+
 def per_sample(
     values: Float[Tensor, "T"],  # one number per level
     t: Int[Tensor, "b"],  # the level of each sample, in [0, T)
@@ -92,7 +108,7 @@ def per_sample(
     "`values[t]` with axes of length 1 appended, ready to multiply `x`; LDMError for a level that does not exist."
     if t.device.type == "cpu" and len(t) and not 0 <= t.min() <= t.max() < len(values):
         raise LDMError(f"t must lie in [0, {len(values)}), but runs from {t.min().item()} to {t.max().item()}")
-    return _like(values, x).index_select(0, t.to(x.device)).reshape(-1, *[1] * (x.ndim - 1))
+    return _cast(values, x).index_select(0, t.to(x.device)).reshape(-1, *[1] * (x.ndim - 1))
 
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #a6b84dc4
 PREDICTIONS = ("epsilon",)  # the values that `NoiseSchedule.prediction` can have

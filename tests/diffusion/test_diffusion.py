@@ -1,6 +1,7 @@
 """ldm_edu.diffusion.schedule: against diffusers, torch.distributions, autograd, quadrature; random configurations."""
 
 import copy
+import gc
 import json
 import math
 import pickle
@@ -11,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
+from ldm_edu.diffusion import schedule as module
 from ldm_edu.diffusion.mixture import GaussianMixture, log_joint
 from ldm_edu.diffusion.schedule import NoiseLevels, NoiseSchedule, diffusion_loss, per_sample
 from ldm_edu.errors import LDMError
@@ -147,6 +149,75 @@ def test_levels_may_be_of_either_integer_type(dtype):
 def test_an_empty_batch_is_a_batch():
     x, t = torch.zeros(0, 3), torch.zeros(0, dtype=torch.long)
     assert NoiseSchedule().q_sample(x, t, x).shape == (0, 3)
+
+
+@pytest.fixture
+def casts(monkeypatch) -> list[torch.dtype]:
+    "The dtypes that tables were cast to so far."
+    done, like = [], module._like
+    monkeypatch.setattr(module, "_like", lambda table, x: done.append(x.dtype) or like(table, x))
+    return done
+
+
+def test_a_table_is_cast_once_for_each_dtype(casts):
+    s, t = NoiseSchedule(), torch.tensor([0, 999])
+    for dtype in 3 * [torch.float32, torch.bfloat16]:
+        x0, noise = torch.randn(2, 2, 3, dtype=dtype)
+        s.q_sample(x0, t, noise)
+        s.x0_and_noise(noise, x0, t)
+    assert casts == [torch.float32, torch.float32, torch.bfloat16, torch.bfloat16]  # alpha and sigma
+    other = NoiseSchedule()
+    other.q_sample(x0, t, noise)
+    assert len(casts) == 6, "another schedule has tables of its own, though it is equal"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_cast_that_is_kept_has_the_same_numbers(dtype):
+    s, t = random_schedule(2), torch.tensor([0, 9, 5])
+    x = torch.zeros(3, 1, dtype=dtype)
+    for table in 2 * [s.alpha, s.sigma, s.snr]:
+        assert torch.equal(per_sample(table, t, x)[:, 0], table.to(dtype)[t])
+    assert s.alpha.dtype == torch.float64
+
+
+def test_a_copied_schedule_has_no_casts(casts):
+    s, x, t = NoiseSchedule(), torch.zeros(1, 1), torch.tensor([3])
+    before = len(pickle.dumps(s)), vars(s).keys()
+    s.alpha, s.sigma
+    size = len(pickle.dumps(s))
+    s.q_sample(x, t, x)
+    assert len(pickle.dumps(s)) == size > before[0] and vars(s).keys() == before[1] | {"alpha", "sigma"}
+    for copied in (pickle.loads(pickle.dumps(s)), copy.deepcopy(s)):
+        casts.clear()
+        torch.testing.assert_close(copied.q_sample(x + 1, t, x), s.q_sample(x + 1, t, x), rtol=0, atol=0)
+        assert len(casts) == 2
+
+
+def test_casts_go_with_their_schedule():
+    before = len(module._CASTS)
+    s, x, t = NoiseSchedule(), torch.zeros(1, 1), torch.tensor([3])
+    for dtype in (torch.float32, torch.float64):
+        s.q_sample(x.to(dtype), t, x.to(dtype))
+    assert len(module._CASTS) == before + 2
+    del s
+    gc.collect()
+    assert len(module._CASTS) == before
+
+
+def test_a_cast_that_was_kept_in_inference_mode_serves_in_training():
+    s, t = NoiseSchedule(), torch.tensor([3])
+    x = torch.randn(1, 2, requires_grad=True)
+    with torch.inference_mode():
+        s.q_sample(torch.zeros(1, 2), t, torch.zeros(1, 2))
+    s.x0_and_noise(x, s.q_sample(x, t, x), t)[0].sum().backward()
+    assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_a_learned_table_is_cast_anew():
+    table, t, x = torch.ones(5, dtype=torch.float64, requires_grad=True), torch.tensor([3]), torch.ones(1)
+    for _ in range(2):
+        per_sample(table, t, x).sum().backward()
+    assert table.grad[3] == 2
 
 
 def test_saved_and_copied_schedules_are_equal():
