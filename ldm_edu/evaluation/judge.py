@@ -53,7 +53,7 @@ def heat_map(
     there: Bool[Tensor, "b k"],  # is there a thing at all?
 ) -> Float[Tensor, "b 16 16"]:
     "How near every cell's centre is to the middle of a thing: 1 on it, 0 far away."
-    at = (torch.arange(CELLS) + 0.5).to(middle)
+    at = torch.arange(0.5, CELLS, device=middle.device, dtype=middle.dtype)
     dx = at[None, None, None, :] - middle[..., 0, None, None] * CELLS
     dy = at[None, None, :, None] - middle[..., 1, None, None] * CELLS
     heat = torch.exp(-(dx**2 + dy**2) / (2 * SPREAD**2)) * there[..., None, None]
@@ -74,6 +74,7 @@ class Reading(NamedTuple):
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #3ef0095d
 def decide(reading: Reading) -> list[list[Thing]]:
     "The things of every image: cells that are more likely than not a middle, and more likely than their neighbours."
+    reading = Reading(*(part.cpu() for part in reading))  # one copy: below, numbers are read one by one
     sure = reading.middle.sigmoid()
     peak = (sure > 0.5) & (sure == F.max_pool2d(sure[:, None], 3, stride=1, padding=1)[:, 0])
     shape, colour, size = (part.argmax(1) for part in (reading.shape, reading.colour, reading.size))
@@ -177,15 +178,16 @@ def middle_loss(
 def reader_loss(reading: Reading, targets: Mapping[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
     "The loss of a reading, and its terms by name; targets as `reader_targets` makes them."
     there = targets["shape"] >= 0
-    i, k = there.nonzero(as_tuple=True)
-    column, row = (targets["middle"][i, k] * CELLS).long().clamp(0, CELLS - 1).T
-    is_middle = torch.zeros_like(reading.middle, dtype=torch.bool)
-    is_middle[i, row, column] = True
+    column, row = (targets["middle"] * CELLS).long().clamp(0, CELLS - 1).unbind(-1)  # (b, k)
+    i = torch.arange(len(there), device=there.device)[:, None]  # (b, 1)
+    things = torch.zeros_like(reading.middle).index_put((i, row, column), there.to(reading.middle), accumulate=True)
     terms = {}
     for name in ("shape", "colour", "size"):
-        terms[name] = F.cross_entropy(getattr(reading, name)[i, :, row, column], targets[name][i, k])
-    terms["middle"] = middle_loss(reading.middle, is_middle, heat_map(targets["middle"], there))
-    terms["place"] = F.l1_loss(reading.place[i, :, row, column], targets["place"][i, k])
+        logits = getattr(reading, name)[i, :, row, column].transpose(1, 2)  # (b, c, k)
+        terms[name] = F.cross_entropy(logits, targets[name], ignore_index=-1)
+    terms["middle"] = middle_loss(reading.middle, things > 0, heat_map(targets["middle"], there))
+    distance = (reading.place[i, :, row, column] - targets["place"]).abs().mean(-1)  # (b, k)
+    terms["place"] = (distance * there).sum() / there.sum()
     terms["segmentation"] = 2 * F.cross_entropy(reading.segmentation, targets["segmentation"])
     terms["depth"] = 0.5 * F.l1_loss(reading.depth, targets["depth"])
     total = sum(terms.values(), torch.zeros_like(terms["middle"]))
@@ -202,7 +204,8 @@ def augment(
 
     # one Gaussian kernel an image, the same for its three channels: (3 b, 9)
     sigma = torch.where(which < 0.25, 0.3 + 1.2 * much, 1e-3)
-    kernel = torch.exp(-(torch.arange(-4, 5).to(images) ** 2) / (2 * sigma[:, None] ** 2))
+    place = torch.arange(-4, 5, device=images.device, dtype=images.dtype)
+    kernel = torch.exp(-(place**2) / (2 * sigma[:, None] ** 2))
     kernel = (kernel / kernel.sum(1, keepdim=True)).repeat_interleave(3, 0)
 
     # all images as the channels of one, blurred down and then across

@@ -118,13 +118,13 @@ def _assemble(
     scale = first.shape[-2] // spans[0][0].stop
     result = first.new_zeros(*first.shape[:2], *(length * scale for length in cells))
     down, across = (
-        tile_weights([s * scale for s in begin], length * scale, tile * scale, overlap * scale)
+        tile_weights([s * scale for s in begin], length * scale, tile * scale, overlap * scale).to(first.device)
         for begin, length in zip(starts, cells)
     )
     numbered = product(*map(enumerate, spans))
     for ((i, rows), (j, columns)), piece in zip(numbered, chain([first], pieces)):
         share = down[i, _elements(rows, scale), None] * across[j, _elements(columns, scale)]
-        _cut(result, rows, columns, scale).add_(share.to(piece) * piece)
+        _cut(result, rows, columns, scale).add_(share.to(piece.dtype) * piece)
     return result
 
 # %% ../../nbs/workshop/tiling.ipynb #505a0a53

@@ -82,6 +82,30 @@ def test_the_truth_has_no_loss_and_anything_else_has():
     assert reader_loss(reading._replace(middle=reading.middle.roll(3, dims=1)), targets)[1]["middle"] > 5
 
 
+def test_rows_without_a_thing_change_nothing():
+    """The terms, thing by thing; a padded row may point at the cell of a thing."""
+    torch.manual_seed(0)
+    scenes = drawn(8)
+    assert len({len(scene.things) for scene in scenes}) > 1
+    targets, reading = reader_targets(scenes), SceneReader((16, 16, 16))(render(scenes))
+    targets["middle"][targets["shape"] < 0] = targets["middle"][0, 0]
+    loss, terms = reader_loss(reading, targets)
+    by_hand = {name: [] for name in ("shape", "colour", "size", "place")}
+    for i, scene in enumerate(scenes):
+        for k in range(len(scene.things)):
+            column, row = (targets["middle"][i, k] * CELLS).long().tolist()
+            for name in ("shape", "colour", "size"):
+                log_p = getattr(reading, name)[i, :, row, column].log_softmax(0)
+                by_hand[name].append(-log_p[targets[name][i, k]])
+            by_hand["place"].append((reading.place[i, :, row, column] - targets["place"][i, k]).abs().mean())
+    for name, values in by_hand.items():
+        torch.testing.assert_close(terms[name], torch.stack(values).mean())
+    wider = {k: torch.cat([v, v[:, :1]], 1) for k, v in targets.items() if k not in ("segmentation", "depth")}
+    for name in ("shape", "colour", "size"):
+        wider[name][:, -1] = -1
+    torch.testing.assert_close(reader_loss(reading, targets | wider)[0], loss)
+
+
 def test_the_heat_is_one_at_a_middle_and_nowhere_more():
     middle = torch.rand(50, 3, 2) * 0.8 + 0.1
     heat = heat_map(middle, torch.ones(50, 3, dtype=torch.bool))
