@@ -92,12 +92,10 @@ def _cast(table: Tensor, x: Tensor) -> Tensor:
     "`_like(table, x)`, computed once for each dtype and device. A table is not changed in place."
     if table.requires_grad or (table.dtype, table.device) == (x.dtype, x.device):
         return _like(table, x)
-    if table not in _CASTS:
-        _CASTS[table] = {}
-    casts = _CASTS[table]
+    casts = _CASTS[table] if table in _CASTS else {}
     if (x.dtype, x.device) not in casts:
-        casts[x.dtype, x.device] = _like(table, x)
-    return casts[x.dtype, x.device]
+        _CASTS[table] = casts | {(x.dtype, x.device): _like(table, x)}
+    return _CASTS[table][x.dtype, x.device]
 
 
 def per_sample(
