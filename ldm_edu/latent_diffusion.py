@@ -177,7 +177,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     "What a config.json says of a `LatentDiffusion`; `CheckpointError` names the file if it says something else."
     config = load_json(path)
     if (kind := config.get(CLASS, "LatentDiffusion")) != "LatentDiffusion":
-        raise CheckpointError(f"{path} describes a {kind}, which is a part and not a whole LatentDiffusion")
+        raise CheckpointError(f"{path} describes {kind}, which is a part and not a whole LatentDiffusion")
     try:
         return {
             "schedule": NoiseSchedule(**config["schedule"]),

@@ -40,6 +40,7 @@ class Upload:
 
     shape: tuple[int, ...]
     dtype: torch.dtype  # on the device
+    waits: bool  # does the host wait until it is done? Not with `non_blocking=True`
 
 
 class FakeGPU(FakeTensorMode):
@@ -100,4 +101,5 @@ class FakeGPU(FakeTensorMode):
         if self.holds(source) and to.type != self.device.type:
             raise HostSync(f"{func} copies {tuple(source.shape)} from the device to the host")
         if not self.holds(source) and to.type == self.device.type:
-            self.uploads.append(Upload(tuple(source.shape), dtype))
+            waits = not (kwargs.get("non_blocking") or func is torch.ops.aten.copy_.default and args[2:3] == (True,))
+            self.uploads.append(Upload(tuple(source.shape), dtype, waits))

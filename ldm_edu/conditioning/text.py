@@ -164,8 +164,8 @@ class TextConditioner(Conditioner):
     def forward(self, batch: Mapping[str, Any] | Sequence[str]) -> Condition:
         "The condition of a list of captions, or of a batch that holds them under `caption`."
         captions = read_key(batch, "caption") if isinstance(batch, Mapping) else batch
-        ids = self.tokenizer(captions)
-        return Condition(context=self.transformer(ids.to(self.transformer.tokens.weight.device)))
+        ids = self.tokenizer(captions).to(self.transformer.tokens.weight.device, non_blocking=True)
+        return Condition(context=self.transformer(ids))
 
     def null(self, b: int = 1) -> Condition:
         "The condition of `b` images that nobody described: the empty prompt, read once."
