@@ -56,9 +56,9 @@ def _check_keys(keys: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
 
 def _join(key: str, values: list[Any]) -> Any:
     "What all samples have under one key: one tensor where it can be stacked, else the list."
-    if isinstance(values[0], (int, float)):
+    if all(isinstance(value, (int, float)) for value in values):
         return torch.tensor(values)
-    if key in RAGGED_KEYS or not isinstance(values[0], Tensor):
+    if key in RAGGED_KEYS or not all(isinstance(value, Tensor) for value in values):
         return values
     shapes = {tuple(value.shape) for value in values}
     if len(shapes) > 1:

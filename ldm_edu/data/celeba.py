@@ -2,14 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from jaxtyping import Bool
 from torch.utils.data import Dataset
 
-from ldm_edu.data.batches import _check_size, _check_split
+from ldm_edu.data.batches import _check_keys, _check_size, _check_split
 from ldm_edu.data.folders import DATA_HELP, SPLIT_SHARES, find_folder, listing_checksum, names_in_folder, split_by_name
 from ldm_edu.data.images import load_image
 from ldm_edu.data.toy.datasets import DRAWING_VERSION
@@ -93,22 +93,26 @@ def _present(folder: Path, listed: Iterable[str]) -> tuple[list[str], int]:
 class CelebA(Dataset[dict[str, Any]]):
     """Photographs of faces with their attributes, from the official folder or any subset of its images.
 
-    A sample has `image` (3, size, size) in [-1, 1] and `attributes` (a,) of zeros and ones, in the order of
-    `attribute_names`. Images that the list names and that are not there are left out and counted in `missing`.
-    DataError names a file that is missing or damaged.
+    A sample has those of the `known_keys` that were asked for: `image` (3, size, size) in [-1, 1], and `attributes`
+    (a,) of zeros and ones, in the order of `attribute_names`. Images that the list names and that are not there are
+    left out and counted in `missing`. DataError names a file that is missing or damaged.
     """
+
+    known_keys: ClassVar[tuple[str, ...]] = ("image", "attributes")
 
     def __init__(
         self,
         root: str | Path,  # the folder with img_align_celeba/ in it, or the one above, where it is called celeba
         split: str = "train",  # "train", "validation", "test": by the partition file, by name where there is none
         size: int = 64,  # pixels along each side, of the square of 178 around the face
+        keys: Sequence[str] = ("image", "attributes"),  # some of `known_keys`
     ):
         _check_split(split, SPLIT_SHARES)
         _check_size(size)
         self.root = find_folder(root, "img_align_celeba", "celeba")
         self.split = split
         self.size = size
+        self.keys = _check_keys(keys, self.known_keys)
         self._list = self.root / "list_attr_celeba.txt"
         self.attribute_names, listed, attributes = _read_attributes(self._list)
         present, self.missing = _present(self.root / "img_align_celeba", listed)
@@ -134,14 +138,18 @@ class CelebA(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def identity(self) -> dict[str, Any]:
-        "What decides the samples: the split, the size, and names, sizes and modification times of the files."
+        "What decides the samples: the split, the size, the keys, and names, sizes and modification times of the files."
         return {
             "data": "CelebA",
             "version": DRAWING_VERSION,
             "split": self.split,
             "size": self.size,
+            "keys": list(self.keys),
             "files": listing_checksum(self.root, [self._list, *self.files]),
         }
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": load_image(self.files[index], self.size), "attributes": self.attributes[index]}
+        parts = {"attributes": self.attributes[index]}
+        if "image" in self.keys:
+            parts["image"] = load_image(self.files[index], self.size)
+        return {key: parts[key] for key in self.keys}

@@ -3,13 +3,13 @@
 import hashlib
 import os
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch.utils.data import Dataset
 
-from ldm_edu.data.batches import _check_size, _check_split
+from ldm_edu.data.batches import _check_keys, _check_size, _check_split
 from ldm_edu.data.images import _describe_error, load_image
 from ldm_edu.data.toy.datasets import DRAWING_VERSION
 from ldm_edu.errors import DataError
@@ -96,20 +96,26 @@ def image_files(root: Path) -> list[Path]:
 
 
 class ImageFolder(Dataset[dict[str, Any]]):
-    """All images in a folder and its subfolders, in the order of their names. A sample has only `image`.
+    """All images in a folder and its subfolders, in the order of their names.
 
-    DataError where the folder does not exist, has no image, or has none in this split.
+    A sample has those of the `known_keys` that were asked for: `image` (3, size, size) in [-1, 1], and `class`, the index
+    in `class_names` of the first subfolder on the way to the file. DataError where the folder does not exist, has no
+    image, or has none in this split, and where `class` is asked for and an image lies in no subfolder.
     """
+
+    known_keys: ClassVar[tuple[str, ...]] = ("image", "class")
 
     def __init__(
         self,
         root: str | Path,
         size: int = 64,  # pixels along each side
         split: str | None = None,  # "train", "validation", "test" by a checksum of the names; None: everything
+        keys: Sequence[str] = ("image",),  # some of `known_keys`
     ):
         self.root = Path(root)
         self.size = size
         self.split = split
+        self.keys = _check_keys(keys, self.known_keys)
         _check_size(size)
         if split is not None:
             _check_split(split, SPLIT_SHARES)
@@ -121,6 +127,17 @@ class ImageFolder(Dataset[dict[str, Any]]):
         self.files = [file for file in files if self._is_wanted(file)]
         if not self.files:
             raise DataError(f"{root}: none of its {len(files)} images is in split {split!r}; split=None takes all")
+        # The classes are those of all splits: each has the same number in every split.
+        self.class_names: list[str] = sorted({self._class_name(file) for file in files}) if "class" in self.keys else []
+
+    def _class_name(self, file: Path) -> str:
+        "The first subfolder on the way to a file."
+        subfolder, *rest = file.relative_to(self.root).parts
+        if not rest:
+            raise DataError(
+                f"{file} lies in no subfolder, so it has no `class`: move it into one, or leave `class` out"
+            )
+        return subfolder
 
     def _is_wanted(self, file: Path) -> bool:
         "Is this file in the split that was asked for?"
@@ -130,14 +147,22 @@ class ImageFolder(Dataset[dict[str, Any]]):
         return len(self.files)
 
     def identity(self) -> dict[str, Any]:
-        "What decides the samples: the split, the size, and names, sizes and modification times of the files."
+        "What decides the samples: split, size, keys, classes, and names, sizes and modification times of the files."
         return {
             "data": "ImageFolder",
             "version": DRAWING_VERSION,
             "split": self.split,
             "size": self.size,
+            "keys": list(self.keys),
+            "classes": self.class_names,
             "files": listing_checksum(self.root, self.files),
         }
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"image": load_image(self.files[index], self.size)}
+        file = self.files[index]
+        parts: dict[str, Any] = {}
+        if "image" in self.keys:
+            parts["image"] = load_image(file, self.size)
+        if "class" in self.keys:
+            parts["class"] = self.class_names.index(self._class_name(file))
+        return {key: parts[key] for key in self.keys}

@@ -10,10 +10,20 @@ from ldm_edu.data.folders import DATA_HELP, ImageFolder
 from ldm_edu.data.toy.datasets import ToyCelebA, ToyCOCO
 from ldm_edu.errors import DataError
 
-__all__ = ["open_dataset"]
+__all__ = ["known_keys", "open_dataset"]
 
 _TOY = {"toy": ToyCOCO, "toy-faces": ToyCelebA}
 _ON_DISK = {"celeba": CelebA, "coco": COCO, "folder": ImageFolder}
+
+
+def known_keys(
+    name: str,  # "toy", "toy-faces", "celeba", "coco", or "folder"
+) -> tuple[str, ...]:
+    "The keys that a data set's samples can have: `keys` of `open_dataset` asks for some. DataError for unknown names."
+    known = {**_TOY, **_ON_DISK}
+    if name not in known:
+        raise DataError(f"data set {name!r} does not exist; known: {', '.join(known)}")
+    return tuple(known[name].known_keys)
 
 
 def open_dataset(
@@ -27,10 +37,9 @@ def open_dataset(
 
     DataError where there is no data set of that name, where `data_dir` is lacking, or where the data set refuses.
     """
+    known_keys(name)  # refuses a name that does not exist
     if name in _TOY:
         return _TOY[name](split=split, size=size, **options)
-    if name not in _ON_DISK:
-        raise DataError(f"data set {name!r} does not exist; known: {', '.join([*_TOY, *_ON_DISK])}")
     if data_dir is None:
         raise DataError(f"data_dir should say where {name!r} lies; {DATA_HELP}")
     return _ON_DISK[name](data_dir, split=split, size=size, **options)

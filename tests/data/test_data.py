@@ -18,7 +18,7 @@ from ldm_edu.data.celeba import CelebA
 from ldm_edu.data.coco import COCO, coco_split, crop_map, decode_outline
 from ldm_edu.data.folders import ImageFolder, split_by_name
 from ldm_edu.data.images import load_image, read_image, to_tensor
-from ldm_edu.data.registry import open_dataset
+from ldm_edu.data.registry import known_keys, open_dataset
 from ldm_edu.data.toy import datasets as module
 from ldm_edu.data.toy.captions import VOCABULARY
 from ldm_edu.data.toy.datasets import ToyCelebA, ToyCOCO
@@ -215,6 +215,10 @@ def test_collate_keeps_what_cannot_be_stacked_and_refuses_what_does_not_fit():
     batch = collate([first, {"a": torch.ones(2), "b": "y", "c": 2.5, "d": []}])
     assert batch["a"].shape == (2, 2) and batch["b"] == ["x", "y"] and batch["c"].tolist() == [1.5, 2.5]
     assert batch["d"] == [["p"], []]
+    assert collate([{"a": 1}, {"a": None}]) == {"a": [1, None]} and collate([{"a": None}, {"a": 1}])["a"] == [None, 1]
+    numbers = collate([{"a": 1, "b": True, "c": 1}, {"a": 2**62 + 1, "b": False, "c": 0.5}])
+    assert [numbers[key].dtype for key in "abc"] == [torch.int64, torch.bool, torch.float32]
+    assert numbers["a"][1] == 2**62 + 1
     with pytest.raises(DataError, match="'a'.*shapes"):
         collate([{"a": torch.zeros(2)}, {"a": torch.zeros(3)}])
     with pytest.raises(DataError, match="different keys"):
@@ -355,6 +359,19 @@ def test_celeba(celeba):
         assert data["train"][i]["attributes"].tolist() == [number % 2, number % 3 > 0]
     assert data["train"][0]["image"].shape == (3, 16, 16)
     assert CelebA(celeba / "celeba", "train").files == data["train"].files
+
+
+def test_celeba_reads_only_what_is_asked_for(celeba, monkeypatch):
+    both = CelebA(celeba, "test", 8)[0]
+    assert CelebA(celeba, "test", 8, keys=["attributes", "image"]).identity() != CelebA(celeba, "test", 8).identity()
+    for key in CelebA.known_keys:
+        assert equal(CelebA(celeba, "test", 8, keys=[key])[0], {key: both[key]})
+    assert list(CelebA(celeba, "test", 8, keys=["attributes", "image"])[0]) == ["attributes", "image"]
+    monkeypatch.setattr(Image, "open", None)
+    assert CelebA(celeba, "test", keys=["attributes"])[0].keys() == {"attributes"}
+    for bad in ("image", (), ["caption"]):
+        with pytest.raises(DataError, match="keys should be a list of some of image, attributes"):
+            CelebA(celeba, keys=bad)
 
 
 def test_celeba_by_its_own_partition(celeba):
@@ -532,6 +549,48 @@ def test_image_folder_splits(tmp_path):
         ImageFolder(tmp_path, split="val")
 
 
+def test_classes_are_the_first_subfolders(tmp_path, monkeypatch):
+    for name in ("cat/deep/er/1.png", "cat/2.png", "ant/3.png", ".hidden/4.png", "bee/5.png", "dog/6.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        noise_picture().save(tmp_path / name, format="PNG")
+    data = ImageFolder(tmp_path, 8, keys=["image", "class"])
+    assert data.class_names == ["ant", "bee", "cat"] and data[0].keys() == {"image", "class"}
+    assert [data.class_names[sample["class"]] for sample in data] == [
+        file.relative_to(tmp_path).parts[0] for file in data.files
+    ]
+    numbers = collate([data[i] for i in range(4)])["class"]
+    assert numbers.tolist() == [0, 1, 2, 2] and numbers.dtype == torch.int64
+    monkeypatch.setattr(Image, "open", None)
+    assert ImageFolder(tmp_path, keys=["class"])[3] == {"class": 2}
+    for bad in ("class", (), ["caption"]):
+        with pytest.raises(DataError, match="keys should be a list of some of image, class"):
+            ImageFolder(tmp_path, keys=bad)
+
+
+def test_a_class_has_the_same_number_in_every_split(tmp_path):
+    for i in range(20):
+        (tmp_path / f"{i:02}").mkdir()
+        noise_picture().save(tmp_path / f"{i:02}" / f"{i}.png")
+    parts = [ImageFolder(tmp_path, split=split, keys=("class",)) for split in COURSE]
+    assert all(len(part.class_names) == 20 and 0 < len(part) < 20 for part in parts)
+    assert all(part[i]["class"] == int(part.files[i].parent.name) for part in parts for i in range(len(part)))
+    before = [part.identity() for part in parts]
+    (tmp_path / "0").mkdir()
+    noise_picture().save(tmp_path / "0" / "0.png")
+    after = [ImageFolder(tmp_path, split=split, keys=("class",)).identity() for split in COURSE]
+    assert all(old != new for old, new in zip(before, after))  # one more class moves the numbers of the others
+
+
+def test_an_image_without_a_class_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("a/1.png", "stray.png"):
+        noise_picture().save(tmp_path / name)
+    assert len(ImageFolder(tmp_path)) == 2 and ImageFolder(tmp_path).class_names == []
+    for split in (None, split_by_name("a/1.png")):
+        with pytest.raises(DataError, match="stray.png lies in no subfolder.*move it.*or leave"):
+            ImageFolder(tmp_path, split=split, keys=("image", "class"))
+
+
 def test_what_a_folder_lacks_is_named(tmp_path):
     with pytest.raises(DataError, match="contains no images"):
         ImageFolder(tmp_path)
@@ -555,6 +614,19 @@ def test_open_dataset(celeba, coco):
     for name in ("celeba", "coco", "folder"):
         with pytest.raises(DataError, match="data_dir"):
             open_dataset(name)
+
+
+def test_every_data_set_takes_keys_and_says_so(celeba, coco):
+    roots = {"toy": None, "toy-faces": None, "celeba": celeba, "coco": coco, "folder": coco}
+    for name, root in roots.items():
+        for key in set(known_keys(name)) & {"image", "caption", "captions", "attributes", "class", "depth"}:
+            dataset = open_dataset(name, root, "train", 8, keys=[key])
+            assert dataset[0].keys() == {key} and dataset.identity()["keys"] == [key] == list(dataset.keys)
+        with pytest.raises(DataError, match="keys.*not words"):
+            open_dataset(name, root, "train", 8, keys=["words"])
+    assert known_keys("coco") == tuple(COCO.known_keys) and known_keys("folder") == ("image", "class")
+    with pytest.raises(DataError, match="'imagenet'.*toy, toy-faces, celeba, coco, folder"):
+        known_keys("imagenet")
 
 
 # ---- the real subsets, where they are
