@@ -17,7 +17,7 @@ MAX_ENLARGEMENT = 8  # an image whose shorter side would have to be enlarged mor
 
 def from_uint8(pixels: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     "Bytes 0 to 255 as numbers in [-1, 1]; the inverse of `to_uint8`."
-    return pixels.float() / 127.5 - 1
+    return pixels.float().div_(127.5).sub_(1)
 
 
 def to_tensor(image: Image.Image) -> Float[Tensor, "3 h w"]:

@@ -930,7 +930,7 @@ def test_the_same_pictures_copied_elsewhere_will_do(faces, tmp_path):
 def test_data_that_are_gone_are_named(faces, tmp_path):
     shutil.copytree(faces, tmp_path / "here")
     run, data = tmp_path / "here" / "run", tmp_path / "here" / "data"
-    (images,) = (run / "cache").glob("celeba-train-*/images.npy")
+    (images,) = (run / "cache").glob("celeba-train-*/block-000000.safetensors")
     images.unlink()
     with pytest.raises(DataError, match=f"{images.parent}.*delete"):
         train_tiny(run, of_faces(), data_dir=data)
