@@ -136,7 +136,9 @@ def _check_words(words: Mapping[str, Any], sampler: str) -> None:
         if word in _DIFFUSERS:
             raise LDMError(f"{word}: our word is {_DIFFUSERS[word]}")
         if word not in known:
-            raise LDMError(f"{word}: no argument of `sample`, nor of {sampler}, which has: {', '.join(known) or 'none'}")
+            raise LDMError(
+                f"{word}: no argument of `sample`, nor of {sampler}, which has: {', '.join(known) or 'none'}"
+            )
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #172c010a
 class Sampling(Denoising):

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -178,13 +178,20 @@ class MergedConditioner(Conditioner):
 
     def forward(self, batch: Mapping[str, Any]) -> Condition:
         "The conditions of all conditioners, merged."
-        return Condition.merge([part(batch) for part in self.conditioners])
+        return Condition.merge([part(batch) for part in self.parts])
+
+    @property
+    def parts(self) -> list[Conditioner]:
+        "The conditioners, in their order."
+        return [cast(Conditioner, part) for part in self.conditioners]
 
     def null(self, b: int = 1) -> Condition:
         "The nulls of all conditioners, merged; a slot that one of them never drops is left out."
-        nulls = [part.null(b) for part in self.conditioners]
-        kept = {slot for part, null in zip(self.conditioners, nulls) for slot in _filled(part) - null.slots().keys()}
-        return Condition.merge([Condition(**{k: v for k, v in null.slots().items() if k not in kept}) for null in nulls])
+        nulls = [part.null(b) for part in self.parts]
+        kept = {slot for part, null in zip(self.parts, nulls) for slot in _filled(part) - null.slots().keys()}
+        return Condition.merge(
+            [Condition(**{k: v for k, v in null.slots().items() if k not in kept}) for null in nulls]
+        )
 
 
 def _filled(conditioner: Conditioner) -> set[str]:

@@ -156,7 +156,9 @@ class TextConditioner(Conditioner):
     ):
         super().__init__()
         if isinstance(vocabulary, int):
-            raise LDMError(f"vocabulary={vocabulary}: a number of words needs captions to count them in; give the words")
+            raise LDMError(
+                f"vocabulary={vocabulary}: a number of words needs captions to count them in; give the words"
+            )
         self.tokenizer = WordTokenizer(vocabulary, length, strict)
         self.transformer = TextTransformer(len(self.tokenizer), length, dim, depth, heads)
         self.context_dim = dim

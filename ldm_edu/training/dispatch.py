@@ -1,12 +1,11 @@
 """Train whatever a recipe is for."""
 
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from ldm_edu.checkpoints import Part
 from ldm_edu.errors import LDMError
 from ldm_edu.training.data import check_fit
 from ldm_edu.training.judge import FeaturesStage, ReaderStage
@@ -50,7 +49,7 @@ def train(
     if len(history) == 1:
         (history,) = history.values()
 
-    done = cast(Part, model)
+    done: Any = model  # all of them have a provenance
     done.provenance = {"recipe": recipe_to_dict(recipe), "torch": torch.__version__} | history
     done.eval().float().requires_grad_(True)  # a moving average is not trained, but the model may be
     if run.is_main:

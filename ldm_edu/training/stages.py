@@ -105,7 +105,7 @@ class DiffusionStage(ImageStage):
     "UNet and conditioner of a recipe, on the latents of a first stage (eq. 2, eq. 3)."
 
     def __init__(self, recipe: Recipe, run: Run, before: nn.Module | None):
-        self.first_stage = cast(FirstStage, before)
+        self.first_stage, self.what = cast(FirstStage, before), recipe
         torch.manual_seed(recipe.seed + 1)
         dataset = cached_split(recipe, run, "train")
         conditioner = build_conditioner(recipe.diffusion, lambda key: column_of(dataset, key))
@@ -120,9 +120,9 @@ class DiffusionStage(ImageStage):
 
     def samples(self, dataset: SampleCache, step: int, indices: Sequence[int]) -> dict[str, Any]:
         mean, logvar = (part[list(indices)] for part in self.latents[dataset])
-        random = step_randomness(self.seed, step, indices, mean.shape[1:], self.recipe.diffusion.T)
+        random = step_randomness(self.seed, step, indices, mean.shape[1:], self.what.diffusion.T)
         z = self.first_stage.scale_factor * DiagonalGaussian(mean, logvar).sample(random["latent_noise"])
-        return random | {"z": z} | condition_batch(dataset, self.recipe, indices, random["phrase"])
+        return random | {"z": z} | condition_batch(dataset, self.what, indices, random["phrase"])
 
     def validate(self, task: nn.Module) -> dict[str, float]:
         "The loss of eq. 3."
@@ -136,5 +136,5 @@ class DiffusionStage(ImageStage):
     def sample(self, task: nn.Module) -> Tensor:
         "Eight samples, for the conditions of held-out samples if the model has any."
         model, rows = self.finish(task), self.rows[:8]
-        batch = condition_batch(self.held_out, self.recipe, rows) if model.conditioner else None
+        batch = condition_batch(self.held_out, self.what, rows) if model.conditioner else None
         return grid(model.sample(batch, None if batch else 8, steps=25), columns=4)

@@ -105,7 +105,9 @@ class FirstStageTask(nn.Module):
 
 def no_column(key: str) -> Any:
     "The column of a data set that is not there."
-    raise LDMError(f"the training data decide a part of this conditioner, their '{key}': it cannot be built without them")
+    raise LDMError(
+        f"the training data decide a part of this conditioner, their '{key}': it cannot be built without them"
+    )
 
 
 def conditioner_class(name: str) -> type[Conditioner]:

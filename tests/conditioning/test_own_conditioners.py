@@ -11,7 +11,6 @@ from own_conditioners import Brightness, ClassMap, KeptMap, ThingCount
 
 from ldm_edu import Condition, LatentDiffusion, LDMError, MergedConditioner, RunOptions, ToyCOCO, collate, train
 from ldm_edu.checkpoints import load_json, load_tensors
-from ldm_edu.errors import CheckpointError
 from ldm_edu.evaluation import score_condition
 from ldm_edu.training import (
     ConditionerRecipe,
