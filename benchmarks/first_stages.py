@@ -18,8 +18,9 @@ from ldm_edu.data.batches import collate
 from ldm_edu.data.registry import open_dataset
 from ldm_edu.evaluation.reconstruction import ReconstructionScores, score_first_stage
 from ldm_edu.first_stage.quantization import load_first_stage
+from ldm_edu.training.dispatch import train
 from ldm_edu.training.recipes import AutoencoderRecipe, FirstStageRecipe, Training
-from ldm_edu.training.stages import train_autoencoder
+from ldm_edu.training.run import RunOptions
 
 LEVELS = {2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 4, 5), 16: (1, 2, 4, 5, 5)}  # f: widths
 OUT = Path(__file__).resolve().parents[1] / "ldm_edu" / "results" / "first_stages.md"
@@ -34,7 +35,7 @@ def recipe(f: int, regulariser: str, steps: int) -> AutoencoderRecipe:
         dataset="celeba",
         size=64,
         first_stage=FirstStageRecipe(
-            training=Training(steps=steps, batch_size=8, lr=2e-3, ema=0.99),
+            training=Training(steps=steps, batch_size=8, lr=2e-3, ema=0.99, held_out=64),
             multipliers=LEVELS[f],
             latent_channels=CHANNELS[f],
             regulariser=regulariser,
@@ -95,9 +96,9 @@ def main() -> None:
             folder, began = args.runs / f"{kind}-f{f}", time.monotonic()
             if not (folder / "model" / "config.json").exists():
                 resume = (folder / "recipe.json").exists()
-                places = folder, args.data_dir, args.runs / "cache", args.weights_dir
-                how = {"resume": resume, "log_fn": print, "every": 250, "sample_every": 0}
-                train_autoencoder(recipe(f, kind, args.steps), *places, **how)
+                places = {"data_dir": args.data_dir, "cache_dir": args.runs / "cache", "weights_dir": args.weights_dir}
+                options = RunOptions(**places, resume=resume, log_fn=print, every=250, sample_every=0)
+                train(recipe(f, kind, args.steps), folder, options)
             first_stage = load_first_stage(folder / "model")
             rows[f, kind] = score_first_stage(first_stage, images, lpips), first_stage.provenance
             print(f"{kind} f = {f}: {rows[f, kind][0]} ({time.monotonic() - began:.0f} s)", flush=True)

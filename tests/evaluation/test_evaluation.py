@@ -1,11 +1,16 @@
 """Scores over many captions: what is compared with what, and what is refused."""
 
+import copy
+
 import pytest
 import torch
 
 import ldm_edu.evaluation.prompts as evaluation
-from ldm_edu import LatentDiffusion, ToyCOCO, UNet
+from ldm_edu import LatentDiffusion, ToyCOCO, UNet, collate, diffusion_loss
+from ldm_edu.denoiser.attention import CrossAttention
+from ldm_edu.diffusion.sampling import SeededNoise
 from ldm_edu.errors import LDMError
+from ldm_edu.evaluation.conditions import score_condition
 from ldm_edu.evaluation.features import ToyFeatures
 from ldm_edu.evaluation.judge import PromptAccuracy, SceneReader, Share
 from ldm_edu.evaluation.prompts import captions_of, choose_scale, draw_captions, score_prompts
@@ -156,3 +161,51 @@ def test_too_few_pictures_are_refused(n, images, distance):
 def test_pictures_of_no_size_for_it_are_refused(distance):
     with pytest.raises(LDMError, match="30×32 pixels.*multiples of f = 4"):
         score_first_stage(first_stage(AutoencoderKL), torch.zeros(2, 3, 30, 32), distance)
+
+
+def test_the_loss_under_three_conditions_is_the_loss_of_eq_3(model):
+    """Against loops over images and levels; the differences are paired."""
+    data = ToyCOCO("validation", length=3)
+    batch = collate([data[i] for i in range(3)])
+    scores = score_condition(model, batch, levels=2, seed=5)
+    texts = {"own": batch["caption"], "other": batch["caption"][-1:] + batch["caption"][:-1], "null": [""] * 3}
+    losses = {name: torch.zeros(3, 2) for name in texts}
+    with torch.no_grad():
+        for i in range(3):
+            z, noise = model.first_stage.encode(batch["image"][i : i + 1]), SeededNoise([5 + i])
+            for k, t in enumerate((250, 750)):
+                eps, level = noise.noise(z.shape[1:]), torch.tensor([t])
+                for name, captions in texts.items():
+                    cond = model.conditioner(captions[i : i + 1])
+                    losses[name][i, k] = diffusion_loss(model.unet, model.schedule, z, level, eps, cond)
+    each = {name: values.mean(1) for name, values in losses.items()}
+    assert scores.own.value == pytest.approx(each["own"].mean().item(), rel=1e-4)
+    for name, found in (("other", scores.other), ("null", scores.null)):
+        difference = each[name] - each["own"]
+        assert found.value == pytest.approx(difference.mean().item(), rel=1e-3)
+        assert found.error == pytest.approx((difference.std() / 3**0.5).item(), rel=1e-3)
+    assert scores.images == 3 and "without condition" in str(scores)
+
+
+def test_a_model_that_ignores_its_condition_has_no_difference(model):
+    deaf = copy.deepcopy(model)
+    for block in deaf.unet.modules():
+        if isinstance(block, CrossAttention):
+            torch.nn.init.zeros_(block.to_out[0].weight)
+    data = ToyCOCO("validation", length=4)
+    batch = collate([data[i] for i in range(4)])
+    scores = score_condition(deaf, batch, levels=2)
+    assert abs(scores.other.value) < 1e-6 and abs(scores.null.value) < 1e-6
+    with pytest.raises(LDMError, match="the same with its condition and without"):
+        deaf.sample(batch, steps=2, check=True)
+    model.sample(batch, steps=1, check=True)
+
+
+def test_a_condition_needs_two_images_and_a_model_that_has_one(model):
+    data = ToyCOCO("validation", length=1)
+    with pytest.raises(LDMError, match="give at least 2"):
+        score_condition(model, collate([data[0]]))
+    unet = UNet(4, 4, 64, (1, 2), 1, (1, 2), 32)
+    unconditional = LatentDiffusion(model.first_stage, unet, model.schedule, None, 64)
+    with pytest.raises(LDMError, match="unconditional"):
+        score_condition(unconditional, collate([data[0], data[0]]))
