@@ -55,7 +55,7 @@ def _read_state(folder: Path) -> _State | None:
             raise ValueError(f"{min(gone)} is missing")
         return state
     except (FileNotFoundError, NotADirectoryError):
-        if (folder / _block_file(0)).exists():
+        if (folder / _block_file(0)).exists() and not path.exists():
             raise DataError(f"{folder} has only a part of a cache: delete it and it will be made again") from None
         return None
     except BROKEN as error:
@@ -71,7 +71,10 @@ def _open_state(dataset: SampleDataset, folder: Path, n: int, block: int) -> _St
     if (there := state["dataset"]) != asked:
         differing = [key for key in {**there, **asked} if there.get(key) != asked.get(key)]
         told = "; ".join(f"{key} {there.get(key)}, not {asked.get(key)}" for key in differing)
-        raise DataError(f"{folder} is a cache of something else ({told}): choose another folder, or {AGAIN}")
+        raise DataError(
+            f"{folder} is a cache of something else ({told}): "
+            "choose another folder, or delete this one and it will be made again"
+        )
     return state
 
 

@@ -153,6 +153,11 @@ def test_who_changes_a_sample_or_batch_does_not_change_the_cache(tmp_path):
             for part in value if isinstance(value, list) else [value]:
                 part.zero_() if torch.is_tensor(part) else part.clear() if isinstance(part, list) else None
     assert same(list(cache), before) and same(list(SampleCache(tmp_path)), before)
+    alike = cached(Listed([{"boxes": torch.ones(2, 5), "depth": torch.ones(2)}] * 4), tmp_path / "alike")
+    for part in (*alike.batch([0, 1])["boxes"], alike[0]["boxes"], alike.batch([0])["depth"], alike[0]["depth"]):
+        part.zero_()
+    assert all(torch.equal(boxes, torch.ones(2, 5)) for boxes in alike.column("boxes"))
+    assert alike.column("depth").min() == 1
 
 
 def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
@@ -338,8 +343,8 @@ def test_with_any_keys_it_goes_on_after_the_last_whole_block(tmp_path, monkeypat
     assert same(list(cache), [through_bytes(dataset[i]) for i in range(25)])
 
 
-def write_slowly(folder, pause: float = 0.0) -> None:
-    "In a process of its own: fill the cache, with a pause for each block."
+def write_slowly(folder, pause: float, log) -> None:
+    "In a process of its own: fill the cache, with a pause for each block and a line in a file for each sample."
     torch.set_num_threads(1)
 
     class Slow(ToyCOCO):
@@ -348,6 +353,8 @@ def write_slowly(folder, pause: float = 0.0) -> None:
 
         def __getitems__(self, indices):
             time.sleep(pause)
+            with open(log, "a") as file:
+                file.writelines(f"{i}\n" for i in indices)
             return super().__getitems__(indices)
 
     cached(Slow(**SMALL), folder, block=20)
@@ -357,24 +364,25 @@ def write_slowly(folder, pause: float = 0.0) -> None:
 def test_a_killed_process_leaves_a_cache_that_can_be_finished(tmp_path, whole):
     rng = np.random.default_rng(0)
     for _ in range(3):
-        process = FORK.Process(target=write_slowly, args=(tmp_path, 0.1))
+        process = FORK.Process(target=write_slowly, args=(tmp_path / "cache", 0.1, tmp_path / "log"))
         process.start()
         time.sleep(float(rng.uniform(0.05, 0.3)))
         os.kill(process.pid, signal.SIGKILL)
         process.join()
-    cached(ToyCOCO(**SMALL), tmp_path, block=20)
-    assert contents(tmp_path) == whole
+    cached(ToyCOCO(**SMALL), tmp_path / "cache", block=20)
+    assert contents(tmp_path / "cache") == whole
 
 
 @pytest.mark.skipif(FORK is None, reason="needs fork")
 def test_processes_that_start_together_do_no_harm(tmp_path, whole):
-    together = [FORK.Process(target=write_slowly, args=(tmp_path / "cache", 0.02)) for _ in range(3)]
+    together = [FORK.Process(target=write_slowly, args=(tmp_path / "cache", 0.1, tmp_path / "log")) for _ in range(3)]
     for process in together:
         process.start()
     for process in together:
         process.join(120)
     assert [process.exitcode for process in together] == [0, 0, 0]
     assert contents(tmp_path / "cache") == whole
+    assert (tmp_path / "log").read_text().split() == [str(i) for i in range(50)]  # nothing was drawn twice
 
 
 @pytest.mark.parametrize("write", range(7))
@@ -454,6 +462,8 @@ DAMAGE = {
     "another block": lambda folder: (folder / BLOCK).write_bytes((folder / "block-000000.safetensors").read_bytes()),
     "length of the head": lambda folder: flip(folder / BLOCK, 1),
     "one bit of the head": lambda folder: flip(folder / BLOCK, 40),
+    "other numbers": lambda folder: replace(folder / BLOCK, b'"dtype":"I64"', b'"dtype":"U64"'),
+    "another shape": lambda folder: replace(folder / BLOCK, b"[20,3,8,8]", b"[20,8,3,8]"),
     "one bit of images": lambda folder: flip(folder / BLOCK, (folder / BLOCK).read_bytes().index(to_bytes(20))),
     "one bit of texts": lambda folder: flip(folder / BLOCK, (folder / BLOCK).read_bytes().index(b" sphere")),
     "about cut": lambda folder: os.truncate(folder / "cache.json", 100),
@@ -473,6 +483,12 @@ DAMAGE = {
 def to_bytes(index: int) -> bytes:
     "The beginning of the image at an index, as the block has it."
     return to_uint8(ToyCOCO(**SMALL)[index]["image"]).numpy().tobytes()[:64]
+
+
+def replace(file, old: bytes, new: bytes) -> None:
+    content = file.read_bytes()
+    assert content.count(old) == 1
+    file.write_bytes(content.replace(old, new))
 
 
 def rewrite(folder, change) -> None:
@@ -495,6 +511,13 @@ def test_no_sample_is_taken_for_another(tmp_path, change, index):
     rewrite(tmp_path, lambda state: (state if "block" in change else state["dataset"]).update(change))
     with pytest.raises(DataError, match="20 samples, not|10 samples, not"):
         SampleCache(tmp_path)[index]
+
+
+def test_a_missing_block_is_noticed_at_once(tmp_path):
+    cached(ToyCOCO(**SMALL), tmp_path, block=20)
+    (tmp_path / BLOCK).unlink()
+    with pytest.raises(DataError, match=f"cache.json.*{BLOCK} is missing.*delete"):
+        SampleCache(tmp_path)
 
 
 def test_caches_of_the_older_format_are_refused(tmp_path):
