@@ -19,7 +19,7 @@ CAPTIONS = (
     "A man riding a wave on a surfboard.",
     "Two dogs, one of them wet, run along the beach!",
     "the man's red kite over a beach",
-    "A very long caption that goes on and on with many more words than anyone would ever need to say so little about it",
+    "A very long caption that goes on and on with many more words than anyone would need to say so little about it",
 )
 
 
