@@ -131,7 +131,7 @@ class Conditioner(Part):
     """
 
     unnamed = "TextConditioner"  # version 0.1.0 had no other
-    keys: tuple[str, ...] = ()  # of the batch
+    keys: tuple[str, ...] = ()  # of the batch; where they depend on the arguments, set them in the constructor
     context_dim: int | None = None  # d of the context (b, l, d); None: no context
     concat_channels: int = 0  # c of the maps (b, c, h, w), in the size of the latent; 0: no maps
     vector_dim: int | None = None  # v of the vector (b, v); None: no vector

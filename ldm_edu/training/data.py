@@ -73,17 +73,16 @@ def pick_captions(
 
 def condition_batch(
     dataset: SampleCache,
-    recipe: Recipe,
+    keys: Sequence[str],  # that the conditioner reads; none: an empty batch
     indices: Sequence[int],
     phrase: Tensor | None = None,  # (b,) uniform in [0, 1); None: the first of several captions
 ) -> dict[str, Any]:
-    "What the conditioners of a recipe read, of some samples."
-    wanted = conditioner_keys(recipe.diffusion)
-    if not wanted:
+    "What a conditioner reads, of some samples."
+    if not keys:
         return {}
     kept = "captions" if "captions" in dataset.keys else "caption"
-    batch = dataset.batch(indices, [kept if key == "caption" else key for key in wanted])
-    if "caption" in wanted and kept == "captions":
+    batch = dataset.batch(indices, [kept if key == "caption" else key for key in keys])
+    if "caption" in keys and kept == "captions":
         batch["caption"] = pick_captions(batch.pop("captions"), torch.zeros(len(indices)) if phrase is None else phrase)
     return batch
 

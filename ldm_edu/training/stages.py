@@ -110,6 +110,7 @@ class DiffusionStage(ImageStage):
         dataset = cached_split(recipe, run, "train")
         conditioner = build_conditioner(recipe.diffusion, lambda key: column_of(dataset, key))
         super().__init__("diffusion", DiffusionTask(recipe, conditioner), run, recipe, 1)
+        self.keys = conditioner.keys if conditioner else ()
         self.latents = {
             source: cached_latents(run.folder / "latents" / f"{name}.safetensors", self.first_stage, source, run, n)
             for name, source, n in (
@@ -122,7 +123,7 @@ class DiffusionStage(ImageStage):
         mean, logvar = (part[list(indices)] for part in self.latents[dataset])
         random = step_randomness(self.seed, step, indices, mean.shape[1:], self.what.diffusion.T)
         z = self.first_stage.scale_factor * DiagonalGaussian(mean, logvar).sample(random["latent_noise"])
-        return random | {"z": z} | condition_batch(dataset, self.what, indices, random["phrase"])
+        return random | {"z": z} | condition_batch(dataset, self.keys, indices, random["phrase"])
 
     def validate(self, task: nn.Module) -> dict[str, float]:
         "The loss of eq. 3."
@@ -136,5 +137,5 @@ class DiffusionStage(ImageStage):
     def sample(self, task: nn.Module) -> Tensor:
         "Eight samples, for the conditions of held-out samples if the model has any."
         model, rows = self.finish(task), self.rows[:8]
-        batch = condition_batch(self.held_out, self.what, rows) if model.conditioner else None
-        return grid(model.sample(batch, None if batch else 8, steps=25), columns=4)
+        batch = condition_batch(self.held_out, self.keys, rows)
+        return grid(model.sample(batch or None, None if batch else 8, steps=25), columns=4)

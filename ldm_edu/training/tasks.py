@@ -21,7 +21,7 @@ from ldm_edu.first_stage.adversarial import Adversary, PatchDiscriminator
 from ldm_edu.first_stage.autoencoder import AutoencoderKL, FirstStage
 from ldm_edu.first_stage.losses import FirstStageLoss
 from ldm_edu.first_stage.quantization import AutoencoderVQ
-from ldm_edu.training.recipes import DiffusionRecipe, FirstStageRecipe, Recipe
+from ldm_edu.training.recipes import ConditionerRecipe, DiffusionRecipe, FirstStageRecipe, Recipe
 
 __all__ = ["DiffusionTask", "FirstStageTask"]
 
@@ -115,9 +115,20 @@ def conditioner_class(name: str) -> type[Conditioner]:
     return find_class(Conditioner, name)
 
 
+def _build_line(line: ConditionerRecipe, column: Callable[[str], Any]) -> Conditioner:
+    "The untrained conditioner of one line of a recipe."
+    cls = conditioner_class(line.name)
+    try:
+        return cls(**cls.complete(line.arguments, column))
+    except TypeError as error:
+        raise LDMError(f"conditioner {line.name}: {error}") from error
+
+
 def conditioner_keys(recipe: DiffusionRecipe) -> tuple[str, ...]:
-    "The keys of a batch that a recipe's conditioners read."
-    return tuple(dict.fromkeys(key for line in recipe.conditioners for key in conditioner_class(line.name).keys))
+    "The keys of a batch that a recipe's conditioners read; one whose class names none is built and asked."
+    lines = recipe.conditioners
+    named = [conditioner_class(line.name).keys or _build_line(line, no_column).keys for line in lines]
+    return tuple(dict.fromkeys(key for keys in named for key in keys))
 
 
 def build_conditioner(
@@ -125,13 +136,7 @@ def build_conditioner(
     column: Callable[[str], Any] = no_column,  # key -> all values of the training data, for a vocabulary
 ) -> Conditioner | None:
     "The untrained conditioner of a recipe: several are merged, None where there is none."
-    parts = []
-    for line in recipe.conditioners:
-        cls = conditioner_class(line.name)
-        try:
-            parts.append(cls(**cls.complete(line.arguments, column)))
-        except TypeError as error:
-            raise LDMError(f"conditioner {line.name}: {error}") from error
+    parts = [_build_line(line, column) for line in recipe.conditioners]
     if len(parts) < 2:
         return parts[0] if parts else None
     return MergedConditioner(parts)

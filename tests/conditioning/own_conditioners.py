@@ -60,3 +60,17 @@ class Brightness(Conditioner):
 
     def null(self, b=1):
         return Condition(vector=torch.zeros(b, 3))
+
+
+class ChosenMap(Conditioner):
+    """A map under a key that is an argument, such as `depth`."""
+
+    def __init__(self, key: str, side: int = 8):
+        super().__init__()
+        self.keys, self.side, self.concat_channels = (key,), side, 1
+
+    def forward(self, batch):
+        return Condition(concat=F.adaptive_avg_pool2d(batch[self.keys[0]], self.side))
+
+    def null(self, b=1):
+        return Condition(concat=torch.zeros(b, 1, 1, 1))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from own_conditioners import Brightness, ClassMap, KeptMap, ThingCount
+from own_conditioners import Brightness, ChosenMap, ClassMap, KeptMap, ThingCount
 
 from ldm_edu import Condition, LatentDiffusion, LDMError, MergedConditioner, RunOptions, ToyCOCO, collate, train
 from ldm_edu.checkpoints import load_json, load_tensors
@@ -31,6 +31,7 @@ KINDS = {
     "both": (COUNT, MAP),
     "never dropped": (KEPT,),
     "three slots": (COUNT, MAP, BRIGHT),
+    "a key by argument": (ConditionerRecipe("ChosenMap", {"key": "depth"}),),
 }
 
 
@@ -51,7 +52,7 @@ OPTIONS = RunOptions(device="cpu", precision="fp32", every=1, save_every=0.0)
 
 
 def toy_batch(n: int = 4) -> dict:
-    data = ToyCOCO("validation", size=16, keys=("image", "boxes", "segmentation"))
+    data = ToyCOCO("validation", size=16, keys=("image", "boxes", "segmentation", "depth"))
     return collate([data[i] for i in range(n)])
 
 
@@ -141,7 +142,7 @@ def test_nothing_in_the_package_knows_these_conditioners():
     package = Path(__file__).parents[2] / "ldm_edu"
     sources = [path.read_text(encoding="utf-8") for path in package.rglob("*.py")]
     assert len(sources) > 40
-    assert not [name for name in ("ThingCount", "ClassMap", "KeptMap", "Brightness") for s in sources if name in s]
+    assert not [name for name in ("ThingCount", "ClassMap", "KeptMap", "Brightness", "ChosenMap") for s in sources if name in s]
 
 
 # What is refused ------------------------------------------------------------------------------------------------------
@@ -206,4 +207,4 @@ def test_contexts_of_different_widths_are_refused():
         Condition.merge([Condition(context=torch.zeros(2, 3, 8)), Condition(context=torch.zeros(2, 3, 4))])
     with pytest.raises(LDMError, match="empty"):
         MergedConditioner([])
-    assert Brightness().null(2).vector.shape == (2, 3)
+    assert Brightness().null(2).vector.shape == (2, 3) and ChosenMap("depth").keys == ("depth",)
