@@ -16,11 +16,11 @@ from .condition import Condition
 from ..errors import LDMError
 
 # %% ../../nbs/4_conditioning/44_guidance.ipynb #78e1b06c
-def refuse_deaf(cond: Condition, null: Condition, with_cond: Tensor, without: Tensor) -> None:
+def refuse_ignoring(cond: Condition, null: Condition, with_cond: Tensor, without: Tensor) -> None:
     "LDMError where no prediction changes although the condition does; both conditions are of the same images."
     others = null.slots()
     differ = [(v != others[name]).flatten(1).any(1) for name, v in cond.slots().items()]
-    rows = torch.stack(differ).any(0)
+    rows = torch.stack(differ).any(0)  # images whose condition is not the null already
     if rows.any() and torch.allclose(with_cond[rows], without[rows], rtol=1e-5, atol=1e-6):
         raise LDMError(
             "the network's prediction is the same with its condition and without, so guidance changes nothing: "
@@ -59,7 +59,7 @@ class Guidance:
         both = Condition.cat([without, cond])
         eps_u, eps_c = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         if self.check:
-            refuse_deaf(cond, without, eps_c, eps_u)
+            refuse_ignoring(cond, without, eps_c, eps_u)
             self.check = False
         return eps_u + self.scale * (eps_c - eps_u)
 

@@ -105,7 +105,7 @@ def check_fit(recipe: AnyImageRecipe, options: RunOptions) -> None:
         raise LDMError(f"size={recipe.size} cannot be halved as often as the networks do; try a power of two")
     if options.compile and recipe.first_stage.adversarial:
         raise LDMError(
-            "compile: the adaptive weight needs a gradient in mid-step, which a compiled network cannot give"
+            "compile: the adaptive weight needs a gradient in mid-step, which a compiled network does not reliably give"
         )
     sample = open_split(recipe, options, "train")[0]
     with torch.device("meta"):

@@ -168,7 +168,7 @@ class Stage:
         name: str,  # a word for the log and for the checkpoint's file
         task: nn.Module,  # forward(batch) -> (loss, terms)
         training: Training,
-        seed: int = 0,  # of dropout inside the network
+        seed: int = 0,  # of dropout inside the network, and of what `batch` draws
     ):
         self.name, self.task, self.training, self.seed = name, task, training, seed
         self.notes: dict[str, str] = {}  # what a checkpoint must agree with, such as a checksum of the data

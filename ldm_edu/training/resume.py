@@ -92,8 +92,8 @@ class Watcher:
         log_scores(self.run, self.stage, self.state, scores)
         return scores
 
-    def see(self, result: StepResult, stop: bool) -> dict[str, float]:
-        "Do what is due after a step; returns what was logged, if anything was."
+    def see(self, result: StepResult, guard: SignalGuard) -> tuple[dict[str, float], bool]:
+        "Do what is due after a step; returns what was logged, if anything was, and whether to stop."
         state, options = self.state, self.run.options
         state.step, state.seconds = result.step, time.monotonic() - self.began
         self.results.append(result)
@@ -101,15 +101,17 @@ class Watcher:
         if state.step % options.every == 0 or end:
             scores = self.log()
         if self.sample_every and (state.step % self.sample_every == 0 or end):
+            check_finite(self.results, norms=state.scaler is None)
             save_samples(self.run, self.stage, state)
 
+        stop = guard.any_process(self.run.accelerator, state.step)
         improved = scores.get("held_out", math.inf) < state.best
         if improved or end or stop or time.monotonic() - self.saved > options.save_every:
             check_finite(self.results, norms=state.scaler is None)
             state.best = min(state.best, scores.get("held_out", math.inf))
             save_state(self.run, self.stage, state, improved)
             self.saved = time.monotonic()
-        return scores
+        return scores, stop
 
 
 def run_stage(run: Run, stage: Stage) -> tuple[nn.Module, dict[str, Any]]:
@@ -122,12 +124,14 @@ def run_stage(run: Run, stage: Stage) -> tuple[nn.Module, dict[str, Any]]:
     bar = progress(walk, stage.name, steps - state.step)
     with SignalGuard() as guard:
         for result in bar:
-            stop = guard.any_process(accelerator, result.step)
-            scores = watcher.see(result, stop)
+            scores, stop = watcher.see(result, guard)
             if scores and (postfix := getattr(bar, "set_postfix_str", None)):  # a progress bar, not a bare iterator
                 postfix(f"loss {scores['loss']:.4g}, {scores['images_per_second']:.0f} images/s")
             if stop:
-                where = f"{stage.name} stopped after step {state.step}"
-                raise KeyboardInterrupt(f"{where}, and saved: a resumed run goes on from there")
+                break
+        if guard.any_process(accelerator):  # perhaps during the last save
+            where = f"{stage.name} stopped after step {state.step}"
+            raise KeyboardInterrupt(f"{where}, and saved: a resumed run goes on from there")
     average = kept_average(run, stage, state)
+    run.steps_before += steps
     return average, provenance(run, stage.training, state.seconds, validate(run, stage, average))

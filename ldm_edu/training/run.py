@@ -137,6 +137,7 @@ class Run:
     accelerator: RunAccelerator
     options: RunOptions = RunOptions()
     notes: Mapping[str, str] = field(default_factory=dict)  # texts for every checkpoint: recipe and versions
+    steps_before: int = 0  # of stages that are finished: a tracker counts all stages in one row
 
     @property
     def is_main(self) -> bool:
@@ -155,7 +156,8 @@ class Run:
             with writing(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
         if self.options.trackers:
-            self.accelerator.log({f"{stage}/{name}": value for name, value in values.items()}, step=step)
+            named = {f"{stage}/{name}": value for name, value in ({"step": step} | values).items()}
+            self.accelerator.log(named, step=self.steps_before + step)
 
     def read_log(self) -> list[dict[str, Any]]:
         "The lines of the log; a line that was cut short is left out."
@@ -223,7 +225,7 @@ class SignalGuard:
         "Has any of the processes been asked to stop? Several processes ask each other at every tenth step only."
         if accelerator.num_processes == 1:
             return self.requested
-        if step % 10:
+        if step % 10:  # to ask means to wait for the device
             return False
         if self.requested:
             accelerator.set_trigger()

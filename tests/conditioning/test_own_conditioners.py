@@ -142,7 +142,9 @@ def test_nothing_in_the_package_knows_these_conditioners():
     package = Path(__file__).parents[2] / "ldm_edu"
     sources = [path.read_text(encoding="utf-8") for path in package.rglob("*.py")]
     assert len(sources) > 40
-    assert not [name for name in ("ThingCount", "ClassMap", "KeptMap", "Brightness", "ChosenMap") for s in sources if name in s]
+    assert not [
+        name for name in ("ThingCount", "ClassMap", "KeptMap", "Brightness", "ChosenMap") for s in sources if name in s
+    ]
 
 
 # What is refused ------------------------------------------------------------------------------------------------------

@@ -11,16 +11,19 @@ from typing import Any
 import torch
 
 from ldm_edu.checkpoints import load_tensors
+from ldm_edu.data.toy.captions import VOCABULARY
 from ldm_edu.training.dispatch import train
 from ldm_edu.training.recipes import (
     AdversarialRecipe,
+    AnyRecipe,
     AutoencoderRecipe,
+    ConditionerRecipe,
     DiffusionRecipe,
     FirstStageRecipe,
     Recipe,
-    TextRecipe,
     Training,
 )
+from ldm_edu.training.run import RunOptions
 
 
 def tiny(steps: int = 6, batch_size: int = 4, **training: Any) -> Recipe:
@@ -31,11 +34,21 @@ def tiny(steps: int = 6, batch_size: int = 4, **training: Any) -> Recipe:
         about="as little of everything as there can be",
         dataset="toy",
         size=16,
-        first_stage=FirstStageRecipe(how, channels=8, multipliers=(1, 2), groups=4),
-        diffusion=DiffusionRecipe(
-            how, channels=32, multipliers=(1,), blocks=1, attention_factors=(1,), text=TextRecipe(dim=32, depth=1)
-        ),
+        first_stage=FirstStageRecipe(replace(how, held_out=64), channels=8, multipliers=(1, 2), groups=4),
+        diffusion=small_diffusion(how, text()),
     )
+
+
+def text(dim: int = 32) -> ConditionerRecipe:
+    """The toy captions, for a transformer of one layer."""
+    arguments = {"vocabulary": VOCABULARY, "length": 24, "dim": dim, "depth": 1, "heads": 4}
+    return ConditionerRecipe("TextConditioner", arguments)
+
+
+def small_diffusion(how: Training, *conditioners: ConditionerRecipe) -> DiffusionRecipe:
+    """A UNet of one level."""
+    shape = {"channels": 32, "multipliers": (1,), "blocks": 1, "attention_factors": (1,)}
+    return DiffusionRecipe(how, **shape, conditioners=conditioners)
 
 
 def tiny_autoencoder(steps: int = 6, start: int = 3, **training: Any) -> AutoencoderRecipe:
@@ -62,11 +75,11 @@ def of_stages(recipe: Recipe, **training: Any) -> Recipe:
 HOW = {"device": "cpu", "precision": "fp32", "every": 3, "sample_every": 100, "save_every": 0.0}
 
 
-def train_tiny(folder: Path, recipe: Recipe | AutoencoderRecipe | None = None, **how: Any):
+def train_tiny(folder: Path, recipe: AnyRecipe | None = None, **how: Any):
     """`tiny`, or another recipe, on one thread; goes on with what the folder holds, if it holds a run."""
     torch.set_num_threads(1)
     resume = (folder / "recipe.json").exists()
-    return train(recipe or tiny(), folder, **(HOW | {"resume": resume} | how))
+    return train(recipe or tiny(), folder, RunOptions(**(HOW | {"resume": resume} | how)))
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -89,7 +102,7 @@ class Child:
 
     def __init__(self, target: Callable[..., Any], *args: Any, output: Path):
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["ldm_edu.training.stages"])
+        context.set_forkserver_preload(["ldm_edu.training.dispatch"])
         self.output = output
         self.process = context.Process(target=run_here, args=(output, target, args), daemon=True)
         self.process.start()

@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+import ldm_edu.training.judge as module
 from ldm_edu import LatentDiffusion, ToyCOCO
-from ldm_edu.checkpoints import load_tensors
+from ldm_edu.checkpoints import load_notes, load_tensors
 from ldm_edu.evaluation.features import ToyFeatures, thing_targets
 from ldm_edu.evaluation.judge import SceneReader
 from ldm_edu.first_stage.autoencoder import AutoencoderKL
@@ -19,11 +20,10 @@ from ldm_edu.training.judge import (
     reader_randomness,
     reader_scores,
     reconstruct_some,
-    train_features,
-    train_reader,
     unpack_targets,
 )
 from ldm_edu.training.recipes import SCENE_READER, TOY_FEATURES, find_recipe
+from ldm_edu.training.run import RunOptions
 
 
 def tiny(recipe, steps: int = 4):
@@ -83,13 +83,11 @@ def test_targets_survive_being_kept_small():
     assert int((kept["shape"][0] >= 0).sum()) == len(scenes[3].things)
 
 
-@pytest.mark.parametrize("recipe, train", [(SCENE_READER, train_reader), (TOY_FEATURES, train_features)])
-def test_a_run_that_was_stopped_ends_with_the_same_weights(recipe, train, tmp_path, monkeypatch):
-    import ldm_edu.training.judge as module
-
-    how = {"device": "cpu", "precision": "fp32", "every": 2, "cache_dir": tmp_path / "cache"}
+@pytest.mark.parametrize("recipe", [SCENE_READER, TOY_FEATURES], ids=lambda recipe: recipe.name)
+def test_a_run_that_was_stopped_ends_with_the_same_weights(recipe, tmp_path, monkeypatch):
+    how = RunOptions(device="cpu", precision="fp32", every=2, cache_dir=tmp_path / "cache")
     monkeypatch.setattr(module, "reader_scores", lambda reader, stages, n=1024: {"drawn": "not asked here"})
-    straight = train(tiny(recipe), tmp_path / "straight", **how)
+    straight = train(tiny(recipe), tmp_path / "straight", how)
     whole = module.batch_indices
 
     def mortal(seed, step, batch_size, n):
@@ -99,9 +97,10 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(recipe, train, tmp_pa
 
     monkeypatch.setattr(module, "batch_indices", mortal)
     with pytest.raises(RuntimeError, match="power"):
-        train(tiny(recipe), tmp_path / "broken", save_every=0.0, **how)
+        train(tiny(recipe), tmp_path / "broken", replace(how, save_every=0.0))
     monkeypatch.setattr(module, "batch_indices", whole)
-    resumed = train(tiny(recipe), tmp_path / "broken", resume=True, **how)
+    assert load_notes(tmp_path / "broken" / f"{recipe.name}.safetensors")["step"] == "3"
+    resumed = train(tiny(recipe), tmp_path / "broken", replace(how, resume=True))
     a, b = straight.state_dict(), resumed.state_dict()
     assert all(torch.equal(a[name], b[name]) for name in a)
     on_disk = load_tensors(tmp_path / "broken" / "model" / "model.safetensors")
@@ -112,8 +111,8 @@ def test_what_was_measured_is_in_the_config(tmp_path):
     names = [str(tmp_path / stage.__class__.__name__) for stage in two_first_stages()]
     for name, stage in zip(names, two_first_stages()):
         stage.save_pretrained(name)
-    recipe = replace(tiny(SCENE_READER), first_stages=tuple(names))
-    reader = train_reader(recipe, tmp_path / "run", judged_on=8, device="cpu", every=2)
+    recipe = replace(tiny(SCENE_READER), first_stages=tuple(names), judged_on=8)
+    reader = train(recipe, tmp_path / "run", RunOptions(device="cpu", every=2))
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert "n = 32" in config["provenance"]["scores"]["reconstructions"]  # 8 of each split, through each first stage
     assert config["provenance"]["steps"] == 4 and set(config["provenance"]["scores"]) == {
@@ -150,7 +149,7 @@ def test_naming_counts_presence_and_absence_apart():
 
 
 def test_train_goes_by_the_kind_of_the_recipe(tmp_path):
-    features = train(tiny(TOY_FEATURES, 1), tmp_path / "features", device="cpu")
+    features = train(tiny(TOY_FEATURES, 1), tmp_path / "features", RunOptions(device="cpu"))
     assert isinstance(features, ToyFeatures) and features.provenance["recipe"]["kind"] == "toy features"
     demo = find_recipe("toy-demo").shortened(1)
-    assert isinstance(train(demo, tmp_path / "demo", device="cpu"), LatentDiffusion)
+    assert isinstance(train(demo, tmp_path / "demo", RunOptions(device="cpu")), LatentDiffusion)

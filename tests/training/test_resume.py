@@ -9,11 +9,13 @@ import time
 
 import pytest
 from small_runs import Child, differences, tiny_autoencoder, train_tiny, weights
+from small_stages import SmallStage, small_run
 
 import ldm_edu.checkpoints as checkpoints
-import ldm_edu.training.stages as training
+import ldm_edu.training.resume as training
 from ldm_edu.checkpoints import load_notes
 from ldm_edu.errors import CheckpointError
+from ldm_edu.training.resume import run_stage
 
 SEED = int(os.environ.get("LDM_EDU_TEST_SEED", random.SystemRandom().randrange(10**6)))  # of the moments of death
 
@@ -161,10 +163,10 @@ def train_until_signalled(folder, stage: str, sent) -> None:
     So the signal comes while the stage is trained, however busy the machine is."""
     whole = training.log_scores
 
-    def patient(run, name, *args):
-        whole(run, name, *args)
+    def patient(run, trained, *args):
+        whole(run, trained, *args)
         end = time.monotonic() + 120
-        while name == stage and not sent.exists() and time.monotonic() < end:
+        while trained.name == stage and not sent.exists() and time.monotonic() < end:
             time.sleep(0.01)
 
     training.log_scores = patient
@@ -195,7 +197,7 @@ def test_stopped_by_a_signal(number, stage, straight, tmp_path):
 def train_and_interrupt_twice(folder) -> None:
     """A second Ctrl-C while the first is still waiting for the end of the step."""
 
-    def impatient(run, stage, state, sample):
+    def impatient(run, stage, state):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(60)
@@ -208,3 +210,34 @@ def test_a_second_signal_stops_at_once(tmp_path):
     child = Child(train_and_interrupt_twice, tmp_path / "run", output=tmp_path / "output")
     assert child.wait() == 1 and "and saved" not in child.text()
     assert steps_done(tmp_path / "run") == 5  # the sixth is where it happened
+
+
+@pytest.mark.parametrize("doing", ["validate", "sample"])
+def test_a_signal_while_the_last_step_is_looked_at_is_not_lost(doing, tmp_path):
+    """Or Ctrl-C would do nothing, and the next stage begin."""
+
+    class Interrupted(SmallStage):
+        def look(self, task):
+            if self.last.exists() and not self.sent:
+                self.sent = True
+                os.kill(os.getpid(), signal.SIGINT)
+
+        def validate(self, task):
+            if doing == "validate":
+                self.look(task)
+            return {}
+
+        def sample(self, task):
+            if doing == "sample":
+                self.look(task)
+
+        def batch(self, step):
+            if step == 4:
+                self.last.touch()
+            return super().batch(step)
+
+    stage = Interrupted(steps=5)
+    stage.last, stage.sent = tmp_path / "last", False
+    with pytest.raises(KeyboardInterrupt, match="small stopped after step 5, and saved"):
+        run_stage(small_run(tmp_path / "run", sample_every=5), stage)
+    assert load_notes(tmp_path / "run" / "small.safetensors")["step"] == "5"
