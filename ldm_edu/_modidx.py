@@ -764,6 +764,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                         'ldm_edu/training/recipes.py'),
                                           'ldm_edu.training.recipes.DiffusionRecipe': ( '5_latent_diffusion/recipes.html#diffusionrecipe',
                                                                                         'ldm_edu/training/recipes.py'),
+                                          'ldm_edu.training.recipes.DiffusionRecipe.__post_init__': ( '5_latent_diffusion/recipes.html#diffusionrecipe.__post_init__',
+                                                                                                      'ldm_edu/training/recipes.py'),
                                           'ldm_edu.training.recipes.FeaturesRecipe': ( '5_latent_diffusion/recipes.html#featuresrecipe',
                                                                                        'ldm_edu/training/recipes.py'),
                                           'ldm_edu.training.recipes.FirstStageRecipe': ( '5_latent_diffusion/recipes.html#firststagerecipe',

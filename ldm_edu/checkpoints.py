@@ -4,6 +4,7 @@
 # Neither file is a pickle, so opening a checkpoint runs no code of its author.
 
 import inspect
+import itertools
 import json
 import os
 import re
@@ -24,7 +25,6 @@ from ldm_edu.errors import CheckpointError
 
 __all__ = [
     "Part",
-    "Saved",
     "atomic",
     "checkpoint_path",
     "find_checkpoint",
@@ -60,6 +60,22 @@ def atomic(path: str | Path) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
 
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    "A temporary folder; what the block writes there takes its place in `folder` only if the block ends without an error."
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=folder, prefix=UNFINISHED) as new:
+        yield Path(new)
+        for path in sorted(Path(new).rglob("*"), key=lambda path: (path.name == "config.json", path)):
+            if path.is_file():
+                place = folder / path.relative_to(new)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, place)
+
+
+UNFINISHED = ".unfinished-"  # how the temporary folders of `whole_folder` begin
 
 # Temporary names of `atomic`, of the kinds of file that a run writes, and those that safetensors gives its own.
 _TEMPORARY = re.compile(r"\..+\.(safetensors|jsonl|json|png)\.\d+|\.tmp\w{6}")
@@ -220,7 +236,23 @@ class Saved:
 # --- A module from its two files ---
 
 _OLD_NAMES = {"made": "provenance", "codes": "num_codes"}  # arguments as version 0.1.0 wrote them into config.json
+_numbers = itertools.count(1)
 CLASS = "class"  # entry of a config that names the class; a Python keyword, so no argument can have this name
+
+
+def check_plain(value: Any) -> None:
+    "TypeError where JSON could not hold a value, or would give another one back."
+    if isinstance(value, Mapping):
+        if odd := [key for key in value if not isinstance(key, str)]:
+            raise TypeError(f"the key {odd[0]!r} of a dict is no text")
+        if CLASS in value:
+            raise TypeError(f"'{CLASS}' as a key of a dict stands for a part")
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for each in value:
+            check_plain(each)
+    elif not isinstance(value, str | int | float | None):
+        raise TypeError(f"{value!r} is a {type(value).__name__}")
 
 
 def _plain(value: Any) -> Any:
@@ -228,6 +260,15 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Part):
         return value.description
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
+
+
+def _check_argument(name: str, value: Any) -> None:
+    "CheckpointError where an argument, apart from the parts in it, would not come back from JSON as it is."
+    parts = value if isinstance(value, list | tuple) else [value]
+    try:
+        check_plain([part for part in parts if not isinstance(part, Part)])
+    except TypeError as error:
+        raise CheckpointError(f"`{name}` cannot be written as JSON: {error}") from error
 
 
 def _from_json(value: Any) -> Any:
@@ -240,10 +281,15 @@ def _from_json(value: Any) -> Any:
 
 
 def _subclasses(base: type) -> Iterator[type]:
-    "A class and all that are derived from it and have been imported; the newest of a name last."
+    "A class and all that are derived from it and have been imported."
     yield base
     for cls in base.__subclasses__():
         yield from _subclasses(cls)
+
+
+def _precedence(cls: type) -> tuple[bool, int]:
+    "Of classes of one name, one of the package comes before one of somebody else's, and a newer one before an older."
+    return cls.__module__.split(".")[0] == "ldm_edu", getattr(cls, "_number", 0)
 
 
 def find_class(
@@ -251,7 +297,9 @@ def find_class(
     name: str,
 ) -> type[C]:
     "The class of that name; CheckpointError where no imported module defines it, or where it is of another kind."
-    found = {cls.__name__: cls for cls in _subclasses(base)}
+    if base.__name__ == name:
+        return base
+    found = {cls.__name__: cls for cls in sorted(_subclasses(base), key=_precedence)}
     if name in found:
         return found[name]
     if name in {cls.__name__ for cls in _subclasses(Part)}:
@@ -266,9 +314,10 @@ def _arguments(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
     "`config` as arguments of `cls`: old names replaced, and tuples where the annotation does not ask for a list."
     wanted = inspect.signature(cls.__init__).parameters
     config = {name if name in wanted else _OLD_NAMES.get(name, name): value for name, value in config.items()}
-    if unknown := [name for name in config if name not in wanted]:
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in wanted.values())
+    if not takes_any and (unknown := [name for name in config if name not in wanted]):
         raise CheckpointError(f"{cls.__name__} has no argument {', '.join(unknown)}")
-    lists = {name for name in config if "list" in str(wanted[name].annotation).lower()}
+    lists = {name for name in config if name in wanted and "list" in str(wanted[name].annotation).lower()}
     return {
         name: [*map(_from_json, value)] if name in lists and isinstance(value, list) else _from_json(value)
         for name, value in config.items()
@@ -313,16 +362,25 @@ class Part(nn.Module, Saved):
     follow: ClassVar[tuple[str, ...]] = ()  # arguments whose present value, an attribute of that name, is saved
     unnamed: ClassVar[str | None] = None  # the class of a config that names none, as version 0.1.0 wrote it
     _made_with: dict[str, Any]
+    _number: ClassVar[int] = 0  # the classes in the order in which they were defined
 
     def __new__(cls, *args: Any, **kwargs: Any):
         "Record the arguments of the constructor, the defaults among them."
         part = super().__new__(cls)
         call = inspect.signature(cls.__init__).bind_partial(part, *args, **kwargs)
         call.apply_defaults()
-        starred = [p.name for p in call.signature.parameters.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-        named = list(call.arguments.items())[1:]  # without self
-        part._made_with = {name: value for name, value in named if name not in starred}
+        part._made_with = {}
+        for name, value in list(call.arguments.items())[1:]:  # without self
+            kind = call.signature.parameters[name].kind
+            if kind is inspect.Parameter.VAR_POSITIONAL and value:
+                raise TypeError(f"{cls.__name__}(*{name}): arguments without a name cannot be saved; give them names")
+            if kind is not inspect.Parameter.VAR_POSITIONAL:
+                part._made_with |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
         return part
+
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        cls._number = next(_numbers)
 
     @property
     def config(self) -> dict[str, Any]:
@@ -345,6 +403,8 @@ class Part(nn.Module, Saved):
         weight does not fit float16, or the disk is full.
         """
         folder = Path(folder)
+        for name, value in self.config.items():
+            _check_argument(name, value)
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(folder / "config.json") as temporary:
             save_json(self.description, temporary)

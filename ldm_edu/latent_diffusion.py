@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .basics import progress
-from .checkpoints import CLASS, Saved, find_checkpoint, load_json, save_json
+from .checkpoints import CLASS, Saved, find_checkpoint, load_json, save_json, whole_folder
 from .conditioning.condition import Condition, Conditioner
 from .conditioning.guidance import Guidance
 from .denoiser.unet import UNet
@@ -94,11 +94,17 @@ class Denoising(ModelParts):
             raise LDMError(f"prompts: this model reads {keys}: give a batch, a dict, with {', '.join(missing)}")
         moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
         cond, null = self.conditioner(moved), self.conditioner.null()
-        return (Guidance(self.unet, null, scale, check) if null.slots() else self.unet), cond
+        if null.slots():
+            return Guidance(self.unet, null, scale, check), cond
+        if check:
+            raise LDMError("check: this model's condition is never dropped, so there is no prediction without it")
+        return self.unet, cond
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #757fe713
 def _requests(
-    prompts: Mapping[str, Any] | Sequence[str] | str | None, n: int | None
+    prompts: Mapping[str, Any] | Sequence[str] | str | None,
+    n: int | None,
+    keys: Sequence[str] = ("caption",),  # that the conditioner reads: these say how many images are asked for
 ) -> tuple[dict[str, Any] | None, int]:
     "What is asked for as a batch, or None, and the number of images; `LDMError` if the two do not fit."
     if prompts is None or isinstance(prompts, str):
@@ -109,10 +115,12 @@ def _requests(
     if not isinstance(prompts, Mapping | Sequence):
         raise LDMError(f"prompts: {prompts!r} is neither captions nor a batch; n is the number of images")
     batch = dict(prompts) if isinstance(prompts, Mapping) else {"caption": list(prompts)}
-    if not (count := len(next(iter(batch.values()), []))):
+    counts = {key: len(batch[key]) for key in keys if key in batch}
+    count = next(iter(counts.values()), n or 1)
+    if not count:
         raise LDMError("prompts: an empty list; ask for at least one image")
-    if n not in (None, count):
-        raise LDMError(f"n={n}, but there are {count} prompts: n goes with one prompt, or with none")
+    if len({*counts.values(), count if n is None else n}) > 1:
+        raise LDMError(f"n={n}, but prompts have {counts}: n goes with one prompt, or with none")
     return batch, count
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #6049823b
@@ -136,9 +144,8 @@ def _check_words(words: Mapping[str, Any], sampler: str) -> None:
         if word in _DIFFUSERS:
             raise LDMError(f"{word}: our word is {_DIFFUSERS[word]}")
         if word not in known:
-            raise LDMError(
-                f"{word}: no argument of `sample`, nor of {sampler}, which has: {', '.join(known) or 'none'}"
-            )
+            more = f"whose own are {', '.join(known)}" if known else "which has none of its own"
+            raise LDMError(f"{word}: no argument of `sample`, nor of {sampler}, {more}")
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #172c010a
 class Sampling(Denoising):
@@ -159,10 +166,10 @@ class Sampling(Denoising):
     ) -> Float[Tensor, "b 3 h w"]:
         "Images in [−1, 1] on the model's device. `LDMError` if prompts, n, steps or sampler make no sense."
         _check_words(options, sampler)
-        batch, count = _requests(prompts, n)
+        batch, count = _requests(prompts, n, self.conditioner.keys if self.conditioner is not None else ())
         denoise, cond = self.denoiser(batch, scale, check)
         noise = SeededNoise(range(seed, seed + count))
-        x_T = noise.noise(self.latent_shape).to(self.device)
+        x_T = noise.noise(self.latent_shape).to(next(self.unet.parameters()))
         walk = SAMPLERS[sampler](denoise, x_T, self.schedule, steps=steps, cond=cond, noise=noise, **options)
         z = last(progress(walk, "sampling", total=steps) if show_progress else walk)
         return self.first_stage.decode(z).clamp(-1, 1)
@@ -200,14 +207,14 @@ class LatentDiffusion(Sampling, Saved):
         folder: str | Path,  # made if it is not there
         half: bool = False,  # weights as float16
     ) -> None:
-        "Write config.json and a folder for each part."
-        folder = Path(folder)
-        for name in _LOADERS:
-            if (part := getattr(self, name)) is not None:
-                part.save_pretrained(folder / name, half=half)
+        "Write config.json and a folder for each part; if one of them cannot be saved, the old files stay."
         config = {CLASS: "LatentDiffusion", "schedule": self.schedule.config, "size": self.size}
         config |= {"conditional": self.conditioner is not None, "provenance": self.provenance}
-        save_json(config, folder / "config.json")
+        with whole_folder(folder) as new:
+            for name in _LOADERS:
+                if (part := getattr(self, name)) is not None:
+                    part.save_pretrained(new / name, half=half)
+            save_json(config, new / "config.json")
 
     @classmethod
     def from_pretrained(

@@ -1,5 +1,6 @@
 """The whole model: seeds, files, and the questions that it refuses."""
 
+import copy
 import json
 
 import pytest
@@ -174,3 +175,59 @@ def test_a_damaged_checkpoint_is_named(file, damage, tmp_path):
 def test_an_unknown_checkpoint_lists_the_shipped_ones():
     with pytest.raises(CheckpointError, match="toy-text2image"):
         LatentDiffusion.from_pretrained("toy-text2img")
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_old_one_whole(tmp_path):
+    """The parts of a folder belong together: all are replaced, or none."""
+    small().save_pretrained(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = small()
+    torch.nn.init.normal_(other.first_stage.decoder.conv_out.weight)
+    for spoil in (lambda m: m.provenance.update(odd={1, 2}), lambda m: m.conditioner._made_with.update(length={1})):
+        spoilt = copy.deepcopy(other)
+        spoil(spoilt)
+        with pytest.raises(CheckpointError, match="cannot be written as JSON"):
+            spoilt.save_pretrained(tmp_path)
+    with torch.no_grad():
+        other.unet.out[-1].weight[:] = 1e6
+    with pytest.raises(CheckpointError, match="float16"):
+        other.save_pretrained(tmp_path, half=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    other.save_pretrained(tmp_path)
+    again = LatentDiffusion.from_pretrained(tmp_path)
+    assert torch.equal(again.unet.out[-1].weight, other.unet.out[-1].weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_model_in_another_number_format_samples(dtype):
+    model = small()
+    expected = model.sample("red ball", steps=2)
+    images = model.to(dtype).sample("red ball", steps=2)
+    assert images.dtype == dtype
+    torch.testing.assert_close(images.float(), expected, rtol=0, atol=0.3 if dtype == torch.bfloat16 else 1e-4)
+
+
+def test_what_the_conditioner_does_not_read_does_not_count():
+    model = small()
+    batch = {"split": "validation", "image": torch.zeros(5, 3, 16, 16), "caption": ["red ball", "ball"]}
+    assert torch.equal(model.sample(batch, steps=1), model.sample(["red ball", "ball"], steps=1))
+    with pytest.raises(LDMError, match="n=3"):
+        model.sample(batch, n=3, steps=1)
+
+
+@pytest.mark.parametrize(
+    "word, ours",
+    [("num_inference_steps", "steps"), ("guidance_scale", "scale"), ("prompt", "prompts"), ("generator", "seed")],
+)
+def test_words_of_diffusers_are_answered_by_ours(word, ours):
+    with pytest.raises(LDMError, match=f"{word}: our word is {ours}"):
+        small().sample("red", **{word: 4})
+
+
+def test_other_words_are_answered_by_those_of_the_sampler():
+    with pytest.raises(LDMError, match="height: no argument of `sample`, nor of ddim, whose own are eta"):
+        small().sample("red", height=64)
+    with pytest.raises((LDMError, TypeError), match="prompts"):  # TypeError: from beartype, where types are checked
+        small().sample(4)
+    with pytest.raises(LDMError, match="reads caption: give a batch, a dict, with caption"):
+        small().sample({"segmentation": torch.zeros(2, 16, 16)})

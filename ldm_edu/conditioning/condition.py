@@ -66,12 +66,16 @@ class Condition:
     def merge(conditions: Sequence["Condition"]) -> "Condition":
         """Conditions of the same images side by side in every slot.
 
-        Contexts are joined along the tokens (they need one width d), maps along the channels, vectors along v.
+        Contexts are joined along the tokens (they need one width d), maps along the channels, vectors along v. A map of
+        one pixel stands for all.
         """
         slots: dict[str, list[Tensor]] = {}
         for condition in conditions:
             for name, v in condition.slots().items():
                 slots.setdefault(name, []).append(v)
+        if maps := slots.get("concat"):
+            size = max(tuple(v.shape[2:]) for v in maps)
+            slots["concat"] = [v.expand(-1, -1, *size) if v.shape[2:] == (1, 1) else v for v in maps]
         for name, tensors in slots.items():
             if len({(len(v), *v.shape[2:]) for v in tensors}) > 1:
                 shapes = " and ".join(str(tuple(v.shape)) for v in tensors)
@@ -138,7 +142,7 @@ class Conditioner(Part):
 
     def forward(self, batch: Mapping[str, Any]) -> Condition:
         "The condition of a batch that has all of `keys`, on the module's device."
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `forward`")
 
     def null(
         self,
@@ -146,9 +150,10 @@ class Conditioner(Part):
     ) -> Condition:
         """What stands for "no condition".
 
-        A slot that is left out is never dropped. A map may have one pixel, which stands for all.
+        A slot that is left out is never dropped. A map may have one pixel, which stands for all; a context has as many
+        tokens as a condition's.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} defines no `null`")
 
     @classmethod
     def complete(

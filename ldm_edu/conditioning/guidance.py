@@ -73,4 +73,4 @@ def drop(
     "The training half of classifier-free guidance: `null` where `u < p`, `cond` elsewhere."
     if not 0 <= p <= 1:
         raise LDMError(f"p={p} is not a probability from 0 to 1")
-    return cond if p == 0 else cond.where(u >= p, null)
+    return cond.where(u >= p, null) if p or null.slots() else cond

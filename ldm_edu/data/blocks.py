@@ -69,6 +69,8 @@ def pack(
     "The tensors of a block that keep these samples. DataError where a value cannot be kept, or keys differ."
     if odd := [list(sample) for sample in samples if sample.keys() != set(keys)]:
         raise DataError(f"all samples need the same keys, but some have {list(keys)} and some {odd[0]}")
+    if strange := [key for key in keys if not isinstance(key, str)]:
+        raise DataError(f"the keys of samples should be texts, not {strange[0]!r}")
     columns = [_pack_column(key, [sample[key] for sample in samples]) for key in keys]
     return {name: tensor for column in columns for name, tensor in column.items()}
 

@@ -153,7 +153,10 @@ class SampleCache(Dataset[dict[str, Any]]):
 
     def _samples(self, indices: Sequence[int] | np.ndarray | Int[Tensor, "b"], keys: Sequence[str]) -> list[dict]:
         "Samples with some of their keys, with images as bytes."
-        rows: list[int] = np.asarray(indices, dtype=np.int64).tolist()
+        numbers = np.asarray(indices)
+        if numbers.size and not np.issubdtype(numbers.dtype, np.integer):
+            raise IndexError(f"indices should be whole numbers, not {numbers.dtype}")
+        rows: list[int] = numbers.astype(np.int64).tolist()
         if rows and not 0 <= min(rows) <= max(rows) < len(self):
             raise IndexError(f"indices {min(rows)} to {max(rows)}: there are samples 0 to {len(self) - 1}")
         places = (divmod(i, self._state["block"]) for i in rows)

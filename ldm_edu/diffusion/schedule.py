@@ -49,8 +49,8 @@ class NoiseLevels:
 
     def __post_init__(self):
         _known("kind", self.kind, SCHEDULES)
-        if self.T < 1:
-            raise LDMError(f"T={self.T} must be at least 1")
+        if not isinstance(self.T, int) or self.T < 1:
+            raise LDMError(f"T={self.T} must be at least 1, and a whole number")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise LDMError(f"beta_start={self.beta_start} and beta_end={self.beta_end}: needed is 0 < start <= end < 1")
 

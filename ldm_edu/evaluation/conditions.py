@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm_edu.basics import progress
-from ldm_edu.conditioning.condition import Condition
+from ldm_edu.conditioning.condition import Condition, read_key
 from ldm_edu.diffusion.sampling import SeededNoise
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.reconstruction import Mean
@@ -49,12 +49,15 @@ def score_condition(
     "How much the loss of eq. 3 depends on the condition, for a conditioner of any kind; LDMError where there is none."
     if model.conditioner is None:
         raise LDMError("model: it is unconditional, so there is no condition that it could use")
-    image = batch["image"].to(model.device)
+    if not 1 <= levels <= model.schedule.T:
+        raise LDMError(f"levels={levels} must lie between 1 and the T={model.schedule.T} levels of the schedule")
+    image = read_key(batch, "image").to(model.device)
     if (b := len(image)) < 2:
         raise LDMError(f"batch: has {b} image, but the condition of another image is needed: give at least 2")
     z = model.first_stage.encode(image)
-    _, own = model.denoiser({key: batch[key] for key in model.conditioner.keys}, 1.0)
-    assert own is not None
+    _, own = model.denoiser(batch, 1.0)
+    if own is None or len(own) != b:
+        raise LDMError(f"batch: {b} images, but the conditioner reads {len(own or Condition())} conditions of it")
     null = model.conditioner.null()
     conditions = {"own": own, "other": own[torch.arange(b).roll(1)]}
     if null.slots():

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ldm_edu.conditioning.guidance import drop
 from ldm_edu.data.batches import SampleDataset, collate
 from ldm_edu.data.cache import SampleCache, cached
 from ldm_edu.data.registry import known_keys, open_dataset
@@ -83,8 +83,8 @@ def condition_batch(
     kept = "captions" if "captions" in dataset.keys else "caption"
     batch = dataset.batch(indices, [kept if key == "caption" else key for key in keys])
     if "caption" in keys and kept == "captions":
-        batch["caption"] = pick_captions(batch.pop("captions"), torch.zeros(len(indices)) if phrase is None else phrase)
-    return batch
+        batch["caption"] = pick_captions(batch["captions"], torch.zeros(len(indices)) if phrase is None else phrase)
+    return {key: batch[key] for key in keys}
 
 
 def column_of(dataset: SampleCache, key: str) -> Any:
@@ -107,23 +107,33 @@ def check_fit(recipe: AnyImageRecipe, options: RunOptions) -> None:
         raise LDMError(
             "compile: the adaptive weight needs a gradient in mid-step, which a compiled network does not reliably give"
         )
-    sample = open_split(recipe, options, "train")[0]
+    dataset, _ = (open_split(recipe, options, split) for split in ("train", "validation"))
     with torch.device("meta"):
         task = FirstStageTask(recipe.first_stage)
         if task.adversary is not None:
             task.adversary.discriminator(torch.empty(1, 3, recipe.size, recipe.size))
     if isinstance(recipe, Recipe):
-        check_condition(recipe, sample)
+        check_condition(recipe, [dataset[i] for i in range(min(2, len(dataset)))])
 
 
-def check_condition(recipe: Recipe, sample: Mapping[str, Any]) -> None:
-    "`LDMError` where the conditioners cannot read a sample, or the UNet not what they make of it; costs no memory."
-    if captions := sample.get("captions"):
-        sample = {**sample, "caption": captions[0]}
-    conditioner = build_conditioner(recipe.diffusion, lambda key: [sample[key]])
-    cond = None if conditioner is None else conditioner(collate([dict(sample)])).to("meta")
+def check_condition(recipe: Recipe, samples: Sequence[dict[str, Any]]) -> None:
+    "`LDMError` where the conditioners cannot read samples, or the UNet not what they make of them; costs no memory."
+    if not recipe.diffusion.conditioners:
+        return
+    batch = collate([{**s, "caption": s["captions"][0]} if "captions" in s else s for s in samples])
+    names, b = " and ".join(line.name for line in recipe.diffusion.conditioners), len(samples)
     side = recipe.size // recipe.first_stage.f
-    with torch.device("meta"):
-        x = torch.empty(1, recipe.first_stage.latent_channels, side, side)
-        task = DiffusionTask(replace(recipe, diffusion=replace(recipe.diffusion, conditioners=())), conditioner)
-        task.unet(x, torch.zeros(1, dtype=torch.long), cond)
+    try:
+        with torch.no_grad():
+            conditioner = build_conditioner(recipe.diffusion, lambda key: batch[key])
+            assert conditioner is not None
+            cond, null = conditioner.eval()(batch), conditioner.null()
+            if null.slots():
+                cond = drop(cond, null, 0.5, torch.tensor([0.0, 1.0])[:b])
+        with torch.device("meta"):
+            x = torch.empty(b, recipe.first_stage.latent_channels, side, side)
+            DiffusionTask(recipe, conditioner).unet(x, torch.zeros(b, dtype=torch.long), cond.to("meta"))
+    except LDMError as error:
+        raise LDMError(f"{names}: {error}") from error
+    except Exception as error:  # a conditioner of the user's own may raise anything
+        raise LDMError(f"{names}: {type(error).__name__}: {error}") from error

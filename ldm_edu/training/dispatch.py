@@ -51,7 +51,7 @@ def train(
 
     done: Any = model  # all of them have a provenance
     done.provenance = {"recipe": recipe_to_dict(recipe), "torch": torch.__version__} | history
-    done.eval().float().requires_grad_(True)  # a moving average is not trained, but the model may be
+    done.eval().float()
     if run.is_main:
         done.save_pretrained(run.folder / "model")
     run.accelerator.end_training()

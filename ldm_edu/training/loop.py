@@ -80,11 +80,12 @@ class EMA:
     def update(self, module: nn.Module, step: int) -> None:
         "Move a little towards the present weights; at early steps more than a little."
         d = min(self.decay, (1 + step) / (10 + step))
-        for average, now in zip(self.module.state_dict().values(), module.state_dict().values()):
+        now = module.state_dict()
+        for name, average in self.module.state_dict().items():
             if average.is_floating_point():
-                average.lerp_(now, 1 - d)
+                average.lerp_(now[name], 1 - d)
             else:
-                average.copy_(now)
+                average.copy_(now[name])
 
 # %% ../../nbs/5_latent_diffusion/53_training.ipynb #9cf30323
 def to_device(batch: Mapping[str, Any], accelerator: RunAccelerator) -> dict[str, Any]:

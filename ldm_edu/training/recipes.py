@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Training', 'AdversarialRecipe', 'FirstStageRecipe', 'ConditionerRecipe', 'DiffusionRecipe', 'Recipe',
            'AutoencoderRecipe', 'ReaderRecipe', 'FeaturesRecipe', 'find_recipe', 'recipe_to_dict', 'recipe_from_dict',
-           'flatten', 'recipe_differences']
+           'recipe_differences']
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #9e3bd660
 import difflib
@@ -13,7 +13,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
+from ..checkpoints import check_plain
 from ..data.toy.captions import VOCABULARY
+from ..diffusion.schedule import NoiseSchedule
 from ..errors import LDMError
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #60a7632a
@@ -36,17 +38,20 @@ class Training:
     held_out: int = 256  # images of the validation split on which it is measured; fewer where there are fewer
 
     def __post_init__(self):
-        for name, least in {"steps": 1, "batch_size": 1, "warmup": 0, "accumulate": 1, "held_out": 1}.items():
-            if getattr(self, name) < least:
-                raise LDMError(f"{name}={getattr(self, name)} must be at least {least}")
+        least = {"steps": 1, "batch_size": 1, "warmup": 0, "accumulate": 1, "held_out": 1}
+        for name in (*least, *(["images"] if self.images is not None else [])):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least.get(name, 1):
+                raise LDMError(f"{name}={value} must be a whole number of at least {least.get(name, 1)}")
+        for name, positive in {"lr": True, "clip": True, "weight_decay": False}.items():
+            if not (getattr(self, name) > 0 or (not positive and getattr(self, name) == 0)):
+                raise LDMError(f"{name}={getattr(self, name)} must be {'above' if positive else 'at least'} 0")
         if self.batch_size % self.accumulate:
             raise LDMError(f"batch_size={self.batch_size} cannot be cut into accumulate={self.accumulate} equal pieces")
         if not 0 <= self.ema < 1:
             raise LDMError(f"ema={self.ema} must lie in [0, 1)")
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise LDMError(f"betas={self.betas} must be two numbers in [0, 1)")
-        if self.images is not None and self.images < 1:
-            raise LDMError(f"images={self.images} must be at least 1, or None for all there are")
         if self.keep not in ("last", "best"):
             raise LDMError(f"keep={self.keep!r} must be 'last' or 'best'")
 
@@ -143,6 +148,11 @@ class ConditionerRecipe:
     arguments: Mapping[str, Any] = field(default_factory=dict)  # of its constructor, as JSON can hold them
 
     def __post_init__(self):
+        for name, value in self.arguments.items():
+            try:
+                check_plain(value)
+            except TypeError as error:
+                raise LDMError(f"{self.name}: {name} cannot be written as JSON: {error}") from error
         object.__setattr__(self, "arguments", _frozen(self.arguments))
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #2c2b9299
@@ -175,6 +185,18 @@ class DiffusionRecipe(Trained):
     beta_start: float = 0.0015  # scaled linear, in the released configurations of faces, bedrooms and ImageNet
     beta_end: float = 0.0195  # in the same ones; others end at 0.0155 or 0.0205 (21_diffusion)
     prediction: str = "epsilon"  # what the network predicts: one of PREDICTIONS (21_diffusion)
+
+    def __post_init__(self):
+        conditioners = self.conditioners
+        if not isinstance(conditioners, list | tuple) or not all(
+            isinstance(c, ConditionerRecipe) for c in conditioners
+        ):
+            raise LDMError(
+                f"conditioners={conditioners!r} should be a tuple of ConditionerRecipe: (ConditionerRecipe(…),)"
+            )
+        if not isinstance(self.drop, int | float) or not 0 <= self.drop <= 1:
+            raise LDMError(f"drop={self.drop} must be a share from 0 to 1")
+        NoiseSchedule(self.T, self.schedule, self.beta_start, self.beta_end, self.prediction)  # refuses nonsense
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #4dbc03ae
 @dataclass(frozen=True)
@@ -492,7 +514,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
 
-
+# %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #05f7f52a
 def recipe_differences(a: AnyRecipe, b: AnyRecipe) -> dict[str, tuple[Any, Any]]:
     "The fields in which two recipes differ, by dotted name, with both values."
     left, right = flatten(recipe_to_dict(a)), flatten(recipe_to_dict(b))

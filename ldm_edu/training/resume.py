@@ -2,9 +2,11 @@
 
 import math
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -35,7 +37,10 @@ def measure(run: Run, stage: Stage, results: Sequence[StepResult]) -> dict[str, 
 def validate(run: Run, stage: Stage, task: nn.Module) -> dict[str, float]:
     "The scores of a task, in the run's precision."
     with run.accelerator.autocast():
-        return stage.validate(task)
+        scores = stage.validate(task) or {}
+    return {
+        name: value.item() if isinstance(value, torch.Tensor | np.generic) else value for name, value in scores.items()
+    }
 
 
 def log_scores(run: Run, stage: Stage, state: State, scores: Mapping[str, float]) -> None:
@@ -53,8 +58,13 @@ def save_samples(run: Run, stage: Stage, state: State) -> None:
     if not run.is_main:
         return
     path = run.folder / "samples" / f"{stage.name}-{state.step:06d}.png"
-    in_float32 = run.accelerator.dtype == torch.float32  # samplers draw their noise in float32
-    if in_float32 and (image := stage.sample(state.ema.module)) is not None:
+    image = None
+    try:
+        if run.accelerator.dtype == torch.float32:  # samplers draw their noise in float32
+            image = stage.sample(state.ema.module)
+    except Exception as error:  # a training of hours is not ended by a picture
+        warnings.warn(f"{stage.name}: no sample could be drawn at step {state.step} ({error})", stacklevel=2)
+    if image is not None:
         with writing(path):
             path.parent.mkdir(exist_ok=True)
             save(image.float().cpu(), path)
@@ -69,6 +79,8 @@ def kept_average(run: Run, stage: Stage, state: State) -> nn.Module:
     if stage.training.keep == "best" and best.exists():
         averaged = {k.removeprefix("ema."): v for k, v in load_tensors(best).items() if k.startswith("ema.")}
         state.ema.module.load_state_dict(averaged)
+    for average, trained in zip(state.ema.module.parameters(), stage.task.parameters()):
+        average.requires_grad_(trained.requires_grad)  # an average is not trained, but what is made of it may be
     return state.ema.module
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 from torch import Tensor
 
 from ldm_edu.basics import pick_device, pick_dtype
-from ldm_edu.checkpoints import atomic, leftovers, load_json, save_json
+from ldm_edu.checkpoints import UNFINISHED, atomic, leftovers, load_json, save_json
 from ldm_edu.errors import LDMError
 from ldm_edu.training.recipes import AnyRecipe, Training, flatten, recipe_differences
 from ldm_edu.training.recipes import recipe_from_dict, recipe_to_dict
@@ -259,7 +260,8 @@ def refuse_other_run(folder: Path, recipe: AnyRecipe, resume: bool) -> None:
         )
     if resume and not path.exists():
         raise LDMError(f"{folder} holds no run to go on with: there is no recipe.json in it")
-    if resume and (changed := recipe_differences(recipe_from_dict(load_json(path)), recipe)):
+    now = recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe))))
+    if resume and (changed := recipe_differences(recipe_from_dict(load_json(path)), now)):
         listed = ", ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in changed.items())
         raise LDMError(
             f"{path} is not the recipe as it is now ({listed}): a run goes on with the recipe that it began with"
@@ -270,6 +272,8 @@ def sweep_leftovers(folder: Path) -> None:
     "Remove the temporary files of a save in which the run was killed."
     for path in leftovers(folder):
         path.unlink()
+    for path in folder.rglob(f"{UNFINISHED}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_recipe(folder: Path, recipe: AnyRecipe) -> None:
@@ -296,6 +300,8 @@ def open_run(
     precision = options.precision
     if options.resume and precision is None and known.exists():
         precision = load_json(known).get("precision")  # it was chosen by timing, perhaps on a busier day
+        if precision not in PRECISIONS:
+            raise LDMError(f"{known} names no precision; known: {', '.join(PRECISIONS)}")
     accelerator = make_accelerator(options.device, precision, options.trackers, folder)
     for training in stage_trainings(recipe):
         check_batch_size(training, accelerator.num_processes)
@@ -311,7 +317,7 @@ def open_run(
     if options.trackers:
         accelerator.init_trackers("ldm_edu", config=tracked(recipe))
 
-    notes = {"recipe": json.dumps(recipe_to_dict(recipe)), "python": platform.python_version()}
+    notes = {"recipe": json.dumps(recipe_to_dict(recipe), sort_keys=True), "python": platform.python_version()}
     notes |= {package: version(package) for package in ("ldm_edu", "torch", "accelerate")}
     return Run(folder, accelerator, options, notes)
 

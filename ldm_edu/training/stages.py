@@ -20,7 +20,7 @@ from ldm_edu.training.data import (
     data_checksum,
     num_train_images,
 )
-from ldm_edu.training.latents import cached_latents
+from ldm_edu.training.latents import cached_latents, weights_checksum
 from ldm_edu.training.loop import Stage, batch_indices, step_randomness, to_device
 from ldm_edu.training.recipes import Recipe
 from ldm_edu.training.run import Run
@@ -110,7 +110,8 @@ class DiffusionStage(ImageStage):
         dataset = cached_split(recipe, run, "train")
         conditioner = build_conditioner(recipe.diffusion, lambda key: column_of(dataset, key))
         super().__init__("diffusion", DiffusionTask(recipe, conditioner), run, recipe, 1)
-        self.keys = conditioner.keys if conditioner else ()
+        self.keys = () if conditioner is None else conditioner.keys
+        self.notes["first_stage"] = weights_checksum(self.first_stage)
         self.latents = {
             source: cached_latents(run.folder / "latents" / f"{name}.safetensors", self.first_stage, source, run, n)
             for name, source, n in (
@@ -138,4 +139,4 @@ class DiffusionStage(ImageStage):
         "Eight samples, for the conditions of held-out samples if the model has any."
         model, rows = self.finish(task), self.rows[:8]
         batch = condition_batch(self.held_out, self.keys, rows)
-        return grid(model.sample(batch or None, None if batch else 8, steps=25), columns=4)
+        return grid(model.sample(batch or None, None if batch else 8, steps=min(25, self.what.diffusion.T)), columns=4)

@@ -125,7 +125,8 @@ def load_state(run: Run, stage: Stage, state: State) -> None:
         spare = f"put {best.name} in its place, or " if best.exists() else ""
         raise CheckpointError(f"{error}. To go on, {spare}{anew}") from error
     wanted = {**run.notes, **stage.notes}
-    for name, what in (("recipe", "another recipe"), ("images", "other images")):
+    kinds = {"recipe": "another recipe", "images": "other images", "first_stage": "another first stage"}
+    for name, what in kinds.items():
         if notes.get(name) != wanted.get(name):
             raise CheckpointError(f"{path} was made with {what}: put those back, or {anew}")
     try:

@@ -125,10 +125,19 @@ def _build_line(line: ConditionerRecipe, column: Callable[[str], Any]) -> Condit
 
 
 def conditioner_keys(recipe: DiffusionRecipe) -> tuple[str, ...]:
-    "The keys of a batch that a recipe's conditioners read; one whose class names none is built and asked."
-    lines = recipe.conditioners
-    named = [conditioner_class(line.name).keys or _build_line(line, no_column).keys for line in lines]
-    return tuple(dict.fromkeys(key for keys in named for key in keys))
+    "The keys of a batch that a recipe's conditioners read."
+    found: list[str] = []
+    for line in recipe.conditioners:
+        keys = conditioner_class(line.name).keys
+        try:  # they may depend on the arguments
+            with torch.random.fork_rng(devices=[]), torch.device("meta"):
+                keys = _build_line(line, no_column).keys
+        except (LDMError, RuntimeError, NotImplementedError):  # built when the data are there, or not on "meta"
+            pass
+        if isinstance(keys, str):
+            raise LDMError(f"{line.name}.keys should be a tuple of keys, ({keys!r},) rather than {keys!r}")
+        found += keys
+    return tuple(dict.fromkeys(found))
 
 
 def build_conditioner(
@@ -152,7 +161,7 @@ class DiffusionTask(nn.Module):
     ):
         super().__init__()
         what, c = recipe.diffusion, recipe.first_stage.latent_channels
-        self.conditioner = conditioner or build_conditioner(what)
+        self.conditioner = build_conditioner(what) if conditioner is None else conditioner
         slots = {name: getattr(self.conditioner, name, default) for name, default in EMPTY.items()}
         self.unet = UNet(
             in_channels=c,

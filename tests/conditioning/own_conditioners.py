@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ldm_edu import Condition, Conditioner
+from ldm_edu import Condition, Conditioner, TextConditioner
 
 
 class ThingCount(Conditioner):
@@ -74,3 +74,26 @@ class ChosenMap(Conditioner):
 
     def null(self, b=1):
         return Condition(concat=torch.zeros(b, 1, 1, 1))
+
+
+class Scaled(TextConditioner):
+    """Text, scaled; whatever else it is given goes to its base."""
+
+    def __init__(self, gain: float = 2.0, **text):
+        super().__init__(**text)
+        self.gain = gain
+
+    def forward(self, batch):
+        return super().forward(batch).map(lambda v: self.gain * v)
+
+
+class Frozen(ThingCount):
+    """Weights that are not trained, and a buffer."""
+
+    def __init__(self, dim: int = 32):
+        super().__init__(dim=dim)
+        self.tokens.requires_grad_(False)
+        self.register_buffer("shift", torch.full((dim,), 0.5))
+
+    def forward(self, batch):
+        return super().forward(batch).map(lambda v: v + self.shift)

@@ -12,6 +12,7 @@ from ldm_edu.denoiser.unet import UNet
 from ldm_edu.diffusion.mixture import GaussianMixture
 from ldm_edu.diffusion.sampling import ddim, last
 from ldm_edu.diffusion.schedule import NoiseSchedule
+from ldm_edu.errors import LDMError
 
 SLOTS = {"context": (3, 4), "concat": (2, 5, 5), "vector": (6,)}
 
@@ -97,11 +98,41 @@ def test_guidance_without_a_condition_is_refused():
         Guidance(listen, conditions(SLOTS, 1, 1), 2.0)(torch.randn(3, 2), torch.tensor([1, 2, 3]))
 
 
-def test_guidance_with_other_slots_than_the_null_is_refused():
-    with pytest.raises(ValueError, match="different slots"):
-        Guidance(listen, conditions(["context"], 1, 1), 2.0)(
-            torch.randn(3, 2), torch.tensor([1, 2, 3]), conditions(SLOTS, 3, 0)
-        )
+def test_guidance_with_a_null_of_other_slots_is_refused():
+    for null in (conditions(SLOTS, 1, 1), Condition()):
+        with pytest.raises(ValueError, match="different slots"):
+            Guidance(listen, null, 2.0)(torch.randn(3, 2), torch.tensor([1, 2, 3]), conditions(["context"], 3, 0))
+
+
+def test_a_slot_that_the_null_leaves_out_is_kept():
+    """As a mask is, where text is guided: it stands in both halves."""
+    x_t, t, cond, null = torch.randn(3, 4), torch.tensor([1, 2, 3]), conditions(SLOTS, 3, 0), conditions(SLOTS, 1, 1)
+    partly = Condition(context=null.context)
+    without = Condition(**cond.slots() | {"context": null.context.expand(3, -1, -1)})
+    eps_u, eps_c = listen(x_t, t, without), listen(x_t, t, cond)
+    torch.testing.assert_close(Guidance(listen, partly, 2.0)(x_t, t, cond), eps_u + 2.0 * (eps_c - eps_u))
+    assert not torch.equal(eps_u, listen(x_t, t, null.expand(3)))
+    dropped = drop(cond, partly, 0.5, torch.tensor([0.1, 0.9, 0.2]))
+    assert torch.equal(dropped.concat, cond.concat) and torch.equal(dropped.vector, cond.vector)
+    assert torch.equal(dropped.context[0], null.context[0]) and torch.equal(dropped.context[1], cond.context[1])
+
+
+def test_a_network_that_ignores_its_condition_is_refused_when_asked():
+    x_t, t, cond, null = torch.randn(3, 4), torch.tensor([1, 2, 3]), conditions(SLOTS, 3, 0), conditions(SLOTS, 1, 1)
+
+    def ignoring(x_t, t, cond):
+        return 0.5 * x_t
+
+    for scale in (0.0, 1.0, 3.0):
+        with pytest.raises(LDMError, match="the same with its condition and without"):
+            Guidance(ignoring, null, scale, check=True)(x_t, t, cond)
+        assert torch.equal(Guidance(ignoring, null, scale)(x_t, t, cond), 0.5 * x_t)
+        checked = Guidance(listen, null, scale, check=True)
+        expected = Guidance(listen, null, scale)(x_t, t, cond)
+        for _ in range(2):
+            torch.testing.assert_close(checked(x_t, t, cond), expected, atol=1e-5, rtol=1e-5)
+        # Where the condition is the null itself, there is nothing to hear.
+        assert torch.equal(Guidance(ignoring, null, scale, check=True)(x_t, t, null.expand(3)), 0.5 * x_t)
 
 
 def test_the_order_of_a_batch_does_not_matter():

@@ -7,10 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from own_conditioners import Brightness, ChosenMap, ClassMap, KeptMap, ThingCount
+from own_conditioners import Brightness, ChosenMap, ClassMap, Frozen, KeptMap, Scaled, ThingCount
 
-from ldm_edu import Condition, LatentDiffusion, LDMError, MergedConditioner, RunOptions, ToyCOCO, collate, train
-from ldm_edu.checkpoints import load_json, load_tensors
+import ldm_edu
+from ldm_edu import (
+    CheckpointError,
+    Condition,
+    Conditioner,
+    LatentDiffusion,
+    LDMError,
+    MergedConditioner,
+    RunOptions,
+    TextConditioner,
+    ToyCOCO,
+    collate,
+    train,
+)
+from ldm_edu.checkpoints import Part, find_class, load_json, load_tensors
 from ldm_edu.evaluation import score_condition
 from ldm_edu.training import (
     ConditionerRecipe,
@@ -147,6 +160,83 @@ def test_nothing_in_the_package_knows_these_conditioners():
     ]
 
 
+def test_arguments_that_go_to_a_base_class_are_saved(tmp_path):
+    part = Scaled(gain=3.0, vocabulary=("red", "ball"), length=4, dim=32, depth=1)
+    part.save_pretrained(tmp_path)
+    again = Conditioner.from_pretrained(tmp_path)
+    assert type(again) is Scaled and again.config == part.config and again.gain == 3.0
+    with torch.no_grad():
+        assert torch.equal(again(["red ball"]).context, part.eval()(["red ball"]).context)
+
+
+def test_frozen_weights_stay_as_they_are_and_frozen(tmp_path):
+    torch.manual_seed(1)  # the seed of the second stage
+    expected = Frozen().tokens.weight
+    model = train(recipe(ConditionerRecipe("Frozen")), tmp_path / "run", OPTIONS)
+    assert torch.equal(model.conditioner.tokens.weight, expected)
+    assert not model.conditioner.tokens.weight.requires_grad
+    assert all(weight.requires_grad for weight in [*model.unet.parameters(), *model.first_stage.parameters()])
+
+
+def test_the_newest_class_of_a_name_is_taken_and_never_for_one_of_the_package(tmp_path):
+    """A cell that is run again defines its class again, perhaps with another base."""
+    saved = {}
+    for base in (TextConditioner, Conditioner):
+
+        class Again(base):
+            pass
+
+        saved[base] = Again
+    assert find_class(Conditioner, "Again") is saved[Conditioner]
+
+    class UNet(ldm_edu.UNet):
+        pass
+
+    shipped = LatentDiffusion.from_pretrained("toy-text2image").unet
+    assert type(shipped) is ldm_edu.UNet and type(UNet.from_pretrained("toy-text2image", part="unet")) is UNet
+    assert type(Part.from_pretrained("toy-text2image", part="unet")) is ldm_edu.UNet
+
+
+class Nameless(Conditioner):
+    keys = ("boxes",)
+
+    def __init__(self, *sizes):
+        super().__init__()
+
+
+class NoNull(ThingCount):
+    null = Conditioner.null
+
+
+class OneKey(ThingCount):
+    keys = "boxes"
+
+
+class Wrong(ThingCount):
+    def forward(self, batch):
+        return None
+
+
+def test_arguments_without_names_are_refused_when_the_object_is_made():
+    Nameless()
+    with pytest.raises(TypeError, match=r"Nameless\(\*sizes\): arguments without a name cannot be saved"):
+        Nameless(1, 2)
+
+
+@pytest.mark.parametrize("value", [{1: 2.0}, {"class": "Vec"}, [{"class": 1}], {1, 2}, torch.ones(2)])
+def test_an_argument_that_would_come_back_as_another_is_refused(value, tmp_path):
+    with pytest.raises(LDMError, match="ThingCount: names cannot be written as JSON"):
+        ConditionerRecipe("ThingCount", {"names": value})
+
+    class Named(Conditioner):
+        def __init__(self, names):
+            super().__init__()
+
+    with pytest.raises(CheckpointError, match="`names` cannot be written as JSON"):
+        Named(value).save_pretrained(tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+
+
 # What is refused ------------------------------------------------------------------------------------------------------
 
 
@@ -157,7 +247,10 @@ def test_nothing_in_the_package_knows_these_conditioners():
         (ConditionerRecipe("UNet"), "toy", "UNet is no Conditioner"),
         (ConditionerRecipe("ThingCount", {"width": 3}), "toy", "conditioner ThingCount: .*width"),
         (ConditionerRecipe("ThingCount"), "toy-faces", "read boxes, but data set 'toy-faces' has no boxes"),
-        (ConditionerRecipe("ClassMap", {"side": 4}), "toy", "cond.concat has shape"),
+        (ConditionerRecipe("ClassMap", {"side": 4}), "toy", "ClassMap: cond.concat has shape"),
+        (ConditionerRecipe("NoNull"), "toy", "NoNull: NotImplementedError: NoNull defines no `null`"),
+        (ConditionerRecipe("OneKey"), "toy", r"OneKey.keys should be a tuple of keys, \('boxes',\)"),
+        (ConditionerRecipe("Wrong"), "toy", "(?s)Wrong: .*None"),
     ],
 )
 def test_a_line_that_does_not_fit_is_refused_before_anything_is_written(line, dataset, message, tmp_path):
@@ -180,6 +273,19 @@ def test_parts_that_do_not_fit_each_other_are_refused(trained):
         LatentDiffusion(model.first_stage, model.unet, model.schedule, None, model.size)
 
 
+def test_conditioners_that_are_no_tuple_of_lines_are_refused():
+    how = Training(steps=1, batch_size=1, lr=1e-3)
+    for wrong in (COUNT, ("ThingCount",), None):  # TypeError: from beartype, where types are checked
+        with pytest.raises((LDMError, TypeError), match="conditioners"):
+            DiffusionRecipe(how, conditioners=wrong)
+
+
+def test_check_needs_a_condition_that_can_be_dropped(tmp_path):
+    model = train(recipe(KEPT), tmp_path / "run", OPTIONS)
+    with pytest.raises(LDMError, match="check: this model's condition is never dropped"):
+        model.sample(toy_batch(), steps=1, check=True)
+
+
 # Merging --------------------------------------------------------------------------------------------------------------
 
 
@@ -192,6 +298,8 @@ def test_merged_slots_lie_side_by_side():
     assert torch.equal(cond.context[:, :1], count(batch).context) and cond.context.shape == (4, 2, 8)
     assert torch.equal(cond.concat, torch.cat([maps(batch).concat] * 2, 1))
     assert both.null(3).context.shape == (3, 2, 8) and both.null(3).concat.shape == (3, 8, 1, 1)
+    wide = Condition.merge([Condition(concat=torch.ones(2, 1, 1, 1)), Condition(concat=torch.zeros(2, 3, 4, 4))])
+    assert wide.concat.shape == (2, 4, 4, 4) and (wide.concat[:, 0] == 1).all()
 
 
 def test_a_slot_that_one_never_drops_is_never_dropped():

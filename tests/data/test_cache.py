@@ -657,3 +657,10 @@ def test_about_is_readable_by_people(tmp_path):
     about = json.loads(contents(cached(ToyCOCO(**SMALL), tmp_path).folder)["cache.json"])
     assert about["dataset"]["samples"] == 50 and about["dataset"]["split"] == "train" and len(about["sums"]) == 1
     assert about["block"] == 256 and about["keys"] == ["image", "captions"]
+
+
+@pytest.mark.parametrize("indices", [np.array([True, False]), np.array([0.7, 1.9])])
+def test_indices_that_are_no_whole_numbers_are_refused(indices, tmp_path):
+    cache = cached(ToyCOCO(size=16, length=3), tmp_path)
+    with pytest.raises(IndexError, match="whole numbers"):
+        cache.batch(indices)

@@ -209,3 +209,12 @@ def test_a_condition_needs_two_images_and_a_model_that_has_one(model):
     unconditional = LatentDiffusion(model.first_stage, unet, model.schedule, None, 64)
     with pytest.raises(LDMError, match="unconditional"):
         score_condition(unconditional, collate([data[0], data[0]]))
+
+
+@pytest.mark.parametrize("levels", [0, -1, 1001])
+def test_levels_that_do_not_exist_are_refused(levels, model):
+    data = ToyCOCO("validation", length=2)
+    with pytest.raises(LDMError, match=f"levels={levels} must lie between 1 and the T=1000"):
+        score_condition(model, collate([data[0], data[1]]), levels=levels)
+    with pytest.raises(LDMError, match="has no 'image'"):
+        score_condition(model, {"caption": ["a red ball", "a can"]})

@@ -5,6 +5,7 @@ import traceback
 from collections import Counter
 from dataclasses import asdict, replace
 
+import numpy as np
 import pytest
 import torch
 from small_runs import differences, tiny, tiny_autoencoder
@@ -26,6 +27,7 @@ from ldm_edu.data.toy.datasets import ToyCOCO
 from ldm_edu.errors import DataError, LDMError
 from ldm_edu.training.data import pick_captions
 from ldm_edu.training.loop import (
+    EMA,
     batch_indices,
     learning_rate,
     micro_batches,
@@ -385,3 +387,45 @@ def test_a_durable_stage_waits_only_where_a_line_is_due(kind, images, tmp_path, 
     assert waits.step == 6
     assert {step for step, _ in waits.places} == {2, 4, 6}
     assert {"measure", "check_finite", "validate"} <= {place for _, place in waits.places}
+
+
+# Stages of one's own -------------------------------------------------------------------------------------------------
+
+
+class Odd(SmallStage):
+    """A sample that cannot be drawn, and scores as tensors."""
+
+    def sample(self, task):
+        raise ValueError("no such picture")
+
+    def validate(self, task):
+        return {"held_out": torch.tensor(2.0), "count": np.int64(3)}
+
+
+def test_a_sample_that_cannot_be_drawn_ends_no_training(tmp_path):
+    run = small_run(tmp_path, sample_every=10)
+    with pytest.warns(UserWarning, match=r"small: no sample could be drawn at step (10|20) \(no such picture\)"):
+        _, history = run_stage(run, Odd())
+    assert history["held_out"] == 2.0 and history["count"] == 3
+    assert [line["count"] for line in run.read_log()] == [3] * 4
+
+
+def test_a_stage_without_scores_trains(tmp_path):
+    class Silent(SmallStage):
+        def validate(self, task):
+            return None
+
+    run = small_run(tmp_path)
+    run_stage(run, Silent())
+    assert len(run.read_log()) == 4 and "held_out" not in run.read_log()[0]
+
+
+def test_the_average_follows_names_and_not_places():
+    """A buffer that comes later, in the first forward pass, would shift all that stand behind it."""
+    module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    average = EMA(module, 0.5)
+    module[0].register_buffer("late", torch.ones(2))
+    torch.nn.init.ones_(module[1].weight)
+    before = average.module[1].weight.clone()
+    average.update(module, step=0)
+    torch.testing.assert_close(average.module[1].weight, before + 0.9 * (1 - before))

@@ -263,3 +263,24 @@ def test_a_conditioners_arguments_survive_json():
 def test_a_kind_that_is_unknown_lists_the_known_ones():
     with pytest.raises(LDMError, match="kind='vae' is no kind of recipe; known: diffusion model, first stage, scene"):
         recipe_from_dict({"kind": "vae"})
+
+
+@pytest.mark.parametrize("bad", [{"clip": 0.0}, {"clip": -1.0}, {"lr": 0.0}, {"weight_decay": -0.1}])
+def test_numbers_that_would_train_something_else_are_refused(bad):
+    with pytest.raises(LDMError, match=f"{list(bad)[0]}="):
+        Training(**({"steps": 1, "batch_size": 1, "lr": 1e-3} | bad))
+
+
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        ({"drop": 1.5}, "drop=1.5"),
+        ({"drop": float("nan")}, "drop=nan"),
+        ({"T": 0}, "T=0"),
+        ({"schedule": "sine"}, "kind='sine'"),
+        ({"prediction": "u"}, "prediction='u'"),
+    ],
+)
+def test_a_diffusion_recipe_without_sense_is_refused(bad, said):
+    with pytest.raises(LDMError, match=said):
+        replace(tiny().diffusion, **bad)

@@ -365,3 +365,52 @@ def test_text_is_refused_where_the_data_have_none(tmp_path):
     with pytest.raises(LDMError, match="has no caption"):
         train_tiny(tmp_path / "run", recipe, data_dir=draw_faces(tmp_path / "data"))
     assert not (tmp_path / "run").exists()
+
+
+# What a run goes on with ---------------------------------------------------------------------------------------------
+
+
+def test_few_noise_levels_can_be_sampled(tmp_path):
+    """The samples on the way take 25 steps, or as many as there are levels."""
+    recipe = tiny(2)
+    recipe = replace(recipe, diffusion=replace(recipe.diffusion, T=10, beta_start=0.1, beta_end=0.3))
+    train_tiny(tmp_path / "run", recipe, sample_every=2)
+    assert (tmp_path / "run" / "samples" / "diffusion-000002.png").exists()
+
+
+def test_the_same_recipe_in_other_words_goes_on(tmp_path):
+    """Lists for tuples inside arguments, arguments in another order."""
+    recipe = tiny(2)
+    train_tiny(tmp_path / "run", recipe)
+    (line,) = recipe.diffusion.conditioners
+    words = list(line.arguments["vocabulary"])
+    backwards = replace(line, arguments=dict(reversed(line.arguments.items())) | {"vocabulary": words})
+    diffusion = replace(recipe.diffusion, conditioners=(backwards,))
+    train_tiny(tmp_path / "run", replace(recipe, diffusion=diffusion))
+
+
+def test_a_diffusion_stage_does_not_go_on_with_another_first_stage(tmp_path):
+    folder = tmp_path / "run"
+    train_tiny(folder, tiny(2))
+    for path in folder.glob("first_stage*.safetensors"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match=r"diffusion\.safetensors was made with another first stage"):
+        train_tiny(folder, tiny(2), precision="bf16")
+
+
+@pytest.mark.parametrize("text", ['{"precision": 5}', "{}", '{"precision": "fp8"}'])
+def test_a_precision_that_is_none_is_named_with_its_file(text, tmp_path):
+    folder = open_run(tiny(), tmp_path / "run", RunOptions(device="cpu")).folder
+    (folder / "run.json").write_text(text)
+    with pytest.raises(LDMError, match=r"run\.json names no precision; known: fp32"):
+        open_run(tiny(), folder, RunOptions(device="cpu", resume=True))
+
+
+def test_a_folder_without_validation_images_is_refused_before_anything_is_written(tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (16, 16)).save(data / "one.png")
+    recipe = replace(tiny(1), dataset="folder", diffusion=replace(tiny(1).diffusion, conditioners=()))
+    with pytest.raises(DataError, match="none of its 1 images is in split '(train|validation)'"):
+        train_tiny(tmp_path / "run", recipe, data_dir=data)
+    assert not (tmp_path / "run").exists()
