@@ -1,5 +1,6 @@
 """`ldm-edu`: demonstration, recipes, training, sampling, evaluation and downloads without a notebook."""
 
+import importlib
 import shlex
 import subprocess
 import sys
@@ -52,8 +53,22 @@ app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pre
 
 
 @app.callback()
-def about() -> None:
+def about(
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--import", help="module of your own to import first: its conditioners and recipes are known then"
+        ),
+    ] = None,
+) -> None:
     "Latent diffusion, rebuilt from the paper up: sample, train, evaluate, learn."
+    if modules:
+        sys.path.insert(0, "")  # a module in this folder
+    for name in modules or ():
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise LDMError(f"--import {name}: {error}") from error
 
 
 Device = Annotated[str | None, typer.Option(help="auto, cuda, mps or cpu; default: `device` in settings.ini")]

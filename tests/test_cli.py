@@ -146,3 +146,41 @@ def test_reconstruct_says_what_comes_back_and_what_the_judge_still_reads(tmp_pat
     assert (tmp_path / "a.png").is_file()
     faces = run("reconstruct", "toy-kl-f4", "--dataset", "toy-faces", "--n", 4)
     assert faces.exit_code == 0 and "read without" not in faces.output, "the judge reads scenes only"
+
+
+OWN = """
+from dataclasses import replace
+from ldm_edu import RECIPES, TextConditioner
+from ldm_edu.training import ConditionerRecipe
+
+class Shouted(TextConditioner):
+    "Text in capitals, which the tokenizer makes small again."
+    def forward(self, batch):
+        return super().forward([text.upper() for text in (batch["caption"] if isinstance(batch, dict) else batch)])
+
+demo = RECIPES["toy-demo"].shortened(1)
+(text,) = demo.diffusion.conditioners
+diffusion = replace(demo.diffusion, conditioners=(replace(text, name="Shouted"),), training=replace(
+    demo.diffusion.training, images=8, batch_size=4))
+first = replace(demo.first_stage, training=replace(demo.first_stage.training, images=8, batch_size=4))
+RECIPES["shouted"] = replace(demo, name="shouted", diffusion=diffusion, first_stage=first)
+"""
+
+
+def test_a_module_of_ones_own_is_imported_first(tmp_path):
+    """In processes of their own, as a user does it: trained, and asked for an image."""
+    (tmp_path / "own_module.py").write_text(OWN)
+    command = [sys.executable, "-m", "ldm_edu"]
+
+    def typed(*words):
+        return subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
+
+    own = ("--import", "own_module")
+    done = typed(*own, "train", "shouted", "--device", "cpu", "--out", "run", "--cache-dir", "cache")
+    assert done.returncode == 0, done.stderr
+    done = typed(*own, "sample", "a red ball", "--model", "run/model", "--steps", "2", "--device", "cpu")
+    assert done.returncode == 0 and (tmp_path / "sample.png").exists(), done.stderr
+    done = typed("sample", "a red ball", "--model", "run/model")
+    assert done.returncode == 1 and "class 'Shouted' is not known" in done.stderr and "Traceback" not in done.stderr
+    done = typed("--import", "nowhere", "recipes")
+    assert done.returncode == 1 and "--import nowhere: No module named 'nowhere'" in done.stderr
