@@ -119,8 +119,10 @@ def _requests(
     count = next(iter(counts.values()), n or 1)
     if not count:
         raise LDMError("prompts: an empty list; ask for at least one image")
-    if len({*counts.values(), count if n is None else n}) > 1:
-        raise LDMError(f"n={n}, but prompts have {counts}: n goes with one prompt, or with none")
+    if len({*counts.values()}) > 1:
+        raise LDMError(f"prompts: of different lengths, {counts}: each image needs one of each")
+    if n not in (None, count):
+        raise LDMError(f"n={n}, but there are {count} prompts: n goes with one prompt, or with none")
     return batch, count
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #6049823b
