@@ -155,7 +155,12 @@ def reader_sources(recipe: ReaderRecipe) -> list[ToyCOCO]:
 class ReaderStage(Stage):
     "A judge of toy scenes, trained on drawn images and on reconstructions of them."
 
-    def __init__(self, recipe: ReaderRecipe, run: Run, before: nn.Module | None = None):
+    def __init__(
+        self,
+        recipe: ReaderRecipe,
+        run: Run,
+        before: nn.Module | None = None,  # what an earlier stage has made; here there is none
+    ):
         torch.manual_seed(recipe.seed)
         super().__init__("scene-reader", ReaderTask(recipe), recipe.training, recipe.seed)
         self.recipe, self.run = recipe, run
@@ -252,7 +257,12 @@ class FeaturesData:
 class FeaturesStage(Stage):
     "Features for a perceptual distance, trained to name what is in scenes and faces."
 
-    def __init__(self, recipe: FeaturesRecipe, run: Run, before: nn.Module | None = None):
+    def __init__(
+        self,
+        recipe: FeaturesRecipe,
+        run: Run,
+        before: nn.Module | None = None,  # what an earlier stage has made; here there is none
+    ):
         torch.manual_seed(recipe.seed)
         super().__init__("toy-features", FeaturesTask(recipe), recipe.training, recipe.seed)
         self.run, half = run, (recipe.training.images or 20_000) // 2

@@ -59,7 +59,12 @@ class ImageStage(Stage):
 class FirstStageStage(ImageStage):
     "The first stage of a recipe, with its scale factor (§ 3.1, eq. 25)."
 
-    def __init__(self, recipe: AnyImageRecipe, run: Run, before: nn.Module | None = None):
+    def __init__(
+        self,
+        recipe: AnyImageRecipe,
+        run: Run,
+        before: nn.Module | None = None,  # what an earlier stage has made; here there is none
+    ):
         what, accelerator = recipe.first_stage, run.accelerator
         torch.manual_seed(recipe.seed)
         perceptual = perceptual_distance(what.perceptual, run.options.weights_dir)
@@ -104,7 +109,12 @@ class FirstStageStage(ImageStage):
 class DiffusionStage(ImageStage):
     "UNet and conditioner of a recipe, on the latents of a first stage (eq. 2, eq. 3)."
 
-    def __init__(self, recipe: Recipe, run: Run, before: nn.Module | None):
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Run,
+        before: nn.Module | None,  # the trained first stage
+    ):
         self.first_stage, self.what = cast(FirstStage, before), recipe
         torch.manual_seed(recipe.seed + 1)
         dataset = cached_split(recipe, run, "train")
