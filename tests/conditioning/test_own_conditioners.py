@@ -1,5 +1,6 @@
 """A conditioning of one's own is one class and a line in a recipe: trained, resumed, sampled, saved, evaluated."""
 
+import gc
 import subprocess
 import sys
 from dataclasses import replace
@@ -195,6 +196,14 @@ def test_the_newest_class_of_a_name_is_taken_and_never_for_one_of_the_package(tm
     shipped = LatentDiffusion.from_pretrained("toy-text2image").unet
     assert type(shipped) is ldm_edu.UNet and type(UNet.from_pretrained("toy-text2image", part="unet")) is UNet
     assert type(Part.from_pretrained("toy-text2image", part="unet")) is ldm_edu.UNet
+
+
+def test_a_class_of_the_package_that_a_notebook_defines_anew_is_taken_there():
+    again = type("UNet", (ldm_edu.UNet,), {"__module__": "__main__"})
+    assert find_class(Part, "UNet") is again
+    del again
+    gc.collect()  # classes are found as long as they live
+    assert find_class(Part, "UNet") is ldm_edu.UNet
 
 
 class Nameless(Conditioner):
