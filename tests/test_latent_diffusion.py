@@ -204,7 +204,7 @@ def test_a_model_in_another_number_format_samples(dtype):
     expected = model.sample("red ball", steps=2)
     images = model.to(dtype).sample("red ball", steps=2)
     assert images.dtype == dtype
-    torch.testing.assert_close(images.float(), expected, rtol=0, atol=0.3 if dtype == torch.bfloat16 else 1e-4)
+    torch.testing.assert_close(images.float(), expected, rtol=0, atol=0.02 if dtype == torch.bfloat16 else 1e-5)
 
 
 def test_what_the_conditioner_does_not_read_does_not_count():
