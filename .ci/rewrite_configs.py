@@ -10,7 +10,8 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from ldm_edu.checkpoints import CLASS, PRETRAINED, load_json, save_json
+from ldm_edu.checkpoints import CLASS, PRETRAINED
+from ldm_edu.files import load_json, save_json
 from ldm_edu.training.recipes import RECIPES, recipe_from_dict, recipe_to_dict
 
 NAMES = {"made": "provenance", "codes": "num_codes"}  # of a config's entries

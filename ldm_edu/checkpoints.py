@@ -1,14 +1,13 @@
-"""Files that are written whole or not at all, and modules that are saved to a folder and built again from it."""
+"""Modules that are saved to a folder and built again from it."""
 
 # A checkpoint is a folder with config.json (the arguments of the constructor) and model.safetensors (the weights).
 # Neither file is a pickle, so opening a checkpoint runs no code of its author.
 
 import inspect
 import itertools
-import json
 import os
 import re
-import textwrap
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib.resources import files
@@ -17,149 +16,16 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from ldm_edu.errors import CheckpointError
+from ldm_edu.errors import CheckpointError, LDMError
+from ldm_edu.files import atomic, brief, load_json, load_tensors, save_json, save_tensors, writing
 
-__all__ = [
-    "Part",
-    "atomic",
-    "checkpoint_path",
-    "find_checkpoint",
-    "find_class",
-    "load_json",
-    "load_notes",
-    "load_tensors",
-    "save_json",
-    "save_tensors",
-]
+__all__ = ["Part", "checkpoint_path", "find_checkpoint", "find_class"]
 
 C = TypeVar("C")  # the class that is looked for
 P = TypeVar("P", bound="Part")  # the class whose module is loaded
-
-
-# --- Files ---
-
-
-@contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
-    """A temporary path beside `path`; it replaces `path` only if the block ends without an error.
-
-    A reader of `path` therefore finds the old file or the new one, never a part of it, even if the machine stops in the
-    middle of writing: renaming a file is one single step of the operating system.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # on the disk, not in some cache, before it takes the name
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-@contextmanager
-def whole_folder(folder: str | Path) -> Iterator[Path]:
-    "A temporary folder; what the block writes there takes its place in `folder` only if the block ends without an error."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=folder, prefix=UNFINISHED) as new:
-        yield Path(new)
-        for path in sorted(Path(new).rglob("*"), key=lambda path: (path.name == "config.json", path)):
-            if path.is_file():
-                place = folder / path.relative_to(new)
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, place)
-
-
-UNFINISHED = ".unfinished-"  # how the temporary folders of `whole_folder` begin
-
-# Temporary names of `atomic`, of the kinds of file that a run writes, and those that safetensors gives its own.
-_TEMPORARY = re.compile(r"\..+\.(safetensors|jsonl|json|png)\.\d+|\.tmp\w{6}")
-
-
-def leftovers(folder: str | Path) -> list[Path]:
-    "Temporary files that a process left under `folder`, because it was killed while it wrote."
-    return [path for path in Path(folder).rglob(".*") if path.is_file() and _TEMPORARY.fullmatch(path.name)]
-
-
-def _brief(error: Exception) -> str:
-    "The message of an error in one line of at most 300 characters."
-    return textwrap.shorten(str(error), 300)
-
-
-@contextmanager
-def _reading(path: str | Path) -> Iterator[None]:
-    "Raise CheckpointError, with the file's name, where a safetensors file cannot be read."
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} is not a whole safetensors file ({_brief(error)}): copy it again") from error
-
-
-def save_tensors(
-    tensors: Mapping[str, Tensor],
-    path: str | Path,
-    half: bool = False,  # save floating-point tensors as float16
-    notes: Mapping[str, str] | None = None,  # texts for the file's header
-) -> None:
-    """Write named tensors to a safetensors file, whole or not at all.
-
-    With `half` the relative error of a number is at most 2⁻¹¹, and a finite number beyond float16's 65504 raises
-    CheckpointError. So does a file that cannot be written, for instance because the disk is full.
-    """
-    kept = {}
-    for name, tensor in tensors.items():
-        dtype = torch.float16 if half and tensor.is_floating_point() else tensor.dtype
-        kept[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
-        if half and not torch.equal(kept[name].isfinite(), tensor.detach().cpu().isfinite()):
-            raise CheckpointError(f"'{name}' has values beyond float16's 65504: save it with half=False")
-    try:
-        with atomic(path) as temporary:
-            save_file(kept, temporary, metadata=dict(notes) if notes else None)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} could not be written ({_brief(error)}): is there space left?") from error
-
-
-def load_tensors(path: str | Path) -> dict[str, Tensor]:
-    "The named tensors of a safetensors file, on the CPU; CheckpointError where it is missing, truncated or another kind."
-    with _reading(path):
-        return load_file(path)
-
-
-def load_notes(path: str | Path) -> dict[str, str]:
-    "The texts in a safetensors file's header, without reading its tensors; CheckpointError as for `load_tensors`."
-    with _reading(path), safe_open(path, "pt") as file:
-        return file.metadata() or {}
-
-
-def save_json(values: Mapping[str, Any], path: str | Path) -> None:
-    "Write a dict as indented JSON, whole or not at all; CheckpointError names an entry that JSON cannot hold."
-    for name, value in values.items():
-        try:
-            json.dumps(value)
-        except TypeError as error:
-            raise CheckpointError(f"`{name}` cannot be written as JSON: {error}") from error
-    with atomic(path) as temporary:
-        temporary.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def load_json(path: str | Path) -> dict[str, Any]:
-    "The dict in a JSON file; CheckpointError where the file is missing or holds something else."
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not JSON ({_brief(error)})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, not a {type(values).__name__}")
-    return values
 
 
 # --- Where a checkpoint is found ---
@@ -168,12 +34,21 @@ PRETRAINED = Path(str(files("ldm_edu"))) / "pretrained"  # the checkpoints that 
 
 
 def checkpoint_path(name: str | Path) -> Path:
-    "The folder `name`, else the shipped checkpoint of that name; CheckpointError lists the shipped ones."
-    for folder in (Path(name).expanduser(), PRETRAINED / name):
-        if str(name) and folder.is_dir():
-            return folder
-    shipped = sorted(path.name for path in PRETRAINED.glob("*") if path.is_dir())
-    raise CheckpointError(f"no folder and no shipped checkpoint '{name}'; shipped: {', '.join(shipped) or 'none'}")
+    """The folder `name`, else the shipped checkpoint of that name; CheckpointError lists the shipped ones.
+
+    A folder without a config.json gives way to a shipped checkpoint of its name.
+    """
+    if not isinstance(name, str | Path):
+        raise CheckpointError(f"name={name!r} should be a folder or the name of a checkpoint")
+    folder, shipped = os.path.expanduser(name), PRETRAINED / name
+    is_shipped = bool(str(name)) and PRETRAINED in shipped.parents and ".." not in shipped.parts and shipped.is_dir()
+    if str(name) and os.path.isdir(folder) and not (is_shipped and not os.path.exists(Path(folder, "config.json"))):
+        return Path(folder)
+    if is_shipped:
+        return shipped
+    known = sorted(path.name for path in PRETRAINED.glob("*") if path.is_dir())
+    shown = str(name) if len(str(name)) <= 200 else f"{str(name)[:200]}..."
+    raise CheckpointError(f"no folder and no shipped checkpoint {shown!r}; shipped: {', '.join(known) or 'none'}")
 
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # "user/model"
@@ -187,7 +62,7 @@ def _download(name: str, part: str | None) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=["*.bin", "*.pt", "*.ckpt"]))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"no folder '{name}', and it cannot be had from the hub: {_brief(error)}") from error
+        raise CheckpointError(f"no folder '{name}', and it cannot be had from the hub: {brief(error)}") from error
 
 
 def find_checkpoint(
@@ -335,20 +210,91 @@ def _build(base: type[C], config: Mapping[str, Any]) -> C:
     return cls(**_arguments(cls, arguments))
 
 
+class _TooLarge(Exception):
+    "A module has more weights than the file has tensors."
+
+
+class _Misfit(CheckpointError):
+    "Tensors are not those of a module."
+
+
+@contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    "Within the block, this thread makes modules with at most so many parameters; one more raises `_TooLarge`."
+    thread, made = threading.get_ident(), itertools.count(1)
+
+    def see(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if threading.get_ident() == thread and next(made) > count:
+            raise _TooLarge
+
+    handle = register_module_parameter_registration_hook(see)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def check_fit(
+    model: nn.Module,  # may be on the meta device
+    tensors: Mapping[str, Tensor],
+) -> None:
+    "CheckpointError for the first tensor that is missing, too many, of another shape or kind, or not finite."
+    wanted = model.state_dict()
+    for name in [*wanted, *tensors]:
+        if name not in tensors:
+            raise _Misfit(f"'{name}' is missing; it should be there, of shape {tuple(wanted[name].shape)}")
+        if name not in wanted:
+            raise _Misfit(f"'{name}' is there, but {type(model).__name__} has no such tensor")
+        there, here = tensors[name], wanted[name]
+        if there.shape != here.shape:
+            raise _Misfit(f"'{name}' has the shape {tuple(there.shape)}, should have {tuple(here.shape)}")
+        if here.is_floating_point():
+            if there.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+                raise _Misfit(f"'{name}' holds {there.dtype}, but should hold floating-point numbers")
+            if not there.isfinite().all():
+                raise _Misfit(f"'{name}' holds numbers that are not finite")
+        elif there.dtype != here.dtype:
+            raise _Misfit(f"'{name}' holds {there.dtype}, but should hold {here.dtype}")
+
+
+def _on_meta(cls: type[C], arguments: Mapping[str, Any], count: int) -> C | None:
+    """The module that a config describes, without memory for its weights, of which there may be at most `count`.
+
+    None for a class of the user's own that cannot be made on the meta device.
+    """
+    try:
+        with torch.device("meta"), _at_most(count):
+            return _build(cls, arguments)
+    except (LDMError, _TooLarge):
+        raise
+    except Exception:
+        if find_class(cls, str(arguments.get(CLASS, cls.__name__))).__module__.startswith("ldm_edu."):
+            raise
+        return None
+
+
 def _load(cls: type[C], config: Path, weights: Path) -> C:
     "The module that two files describe; building it leaves the global random stream where it was."
     arguments = load_json(config)
     tensors = load_tensors(weights)
+    name = str(arguments.get(CLASS, cls.__name__))
     try:
-        with torch.random.fork_rng(devices=[]):
-            model = _build(cls, arguments)
+        try:
+            with torch.random.fork_rng(devices=[]):
+                # First without memory: a config may ask for a network of any size beside weights of another.
+                shapes = _on_meta(cls, arguments, 2 * len(tensors) + 100)  # a module may register a weight twice
+                if shapes is not None:
+                    check_fit(cast(nn.Module, shapes), tensors)
+                model = cast(nn.Module, _build(cls, arguments))
+        except _TooLarge:
+            raise _Misfit(f"the config asks for more weights than the {len(tensors)} that are there") from None
+        check_fit(model, tensors)
+    except _Misfit as error:
+        raise CheckpointError(f"{weights} does not fit {name}: {brief(error)}") from error
     except Exception as error:  # a foreign config may make the constructor raise anything
-        raise CheckpointError(f"{config} describes no {cls.__name__}: {_brief(error)}") from error
-    try:
-        cast(nn.Module, model).load_state_dict(tensors)
-    except RuntimeError as error:
-        raise CheckpointError(f"{weights} does not fit {type(model).__name__}: {_brief(error)}") from error
-    return model
+        raise CheckpointError(f"{config} describes no {name}: {brief(error)}") from error
+    model.load_state_dict(tensors)
+    return cast(C, model)
 
 
 class Part(nn.Module, Saved):
@@ -409,10 +355,11 @@ class Part(nn.Module, Saved):
         folder = Path(folder)
         for name, value in self.config.items():
             _check_argument(name, value)
-        folder.mkdir(parents=True, exist_ok=True)
-        with atomic(folder / "config.json") as temporary:
-            save_json(self.description, temporary)
-            save_tensors(self.state_dict(), folder / "model.safetensors", half)
+        with writing(folder, CheckpointError):
+            folder.mkdir(parents=True, exist_ok=True)
+            with atomic(folder / "config.json") as temporary:
+                save_json(self.description, temporary)
+                save_tensors(self.state_dict(), folder / "model.safetensors", half)
 
     @classmethod
     def from_pretrained(

@@ -18,7 +18,7 @@ from torch import Tensor
 from typer.core import TyperGroup
 
 from ldm_edu.basics import pick_device
-from ldm_edu.checkpoints import load_json, save_json
+from ldm_edu.files import load_json, save_json
 from ldm_edu.data.download import TERMS, accept_terms, dataset_folder, download_celeba, download_coco, terms_accepted
 from ldm_edu.data.registry import open_dataset
 from ldm_edu.display import grid, save, to_pil

@@ -17,7 +17,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ldm_edu.basics import is_static
-from ldm_edu.checkpoints import atomic
+from ldm_edu.files import atomic
 from ldm_edu.errors import LDMError
 
 if TYPE_CHECKING:

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .basics import progress
-from .checkpoints import CLASS, Saved, find_checkpoint, load_json, save_json, whole_folder
+from .checkpoints import CLASS, Saved, find_checkpoint
+from .files import load_json, save_json, whole_folder
 from .conditioning.condition import Condition, Conditioner
 from .conditioning.guidance import Guidance
 from .denoiser.unet import UNet

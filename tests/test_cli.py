@@ -13,8 +13,9 @@ import pytest
 from typer.testing import CliRunner
 
 from ldm_edu import LatentDiffusion
-from ldm_edu.checkpoints import PRETRAINED, load_notes
+from ldm_edu.checkpoints import PRETRAINED
 from ldm_edu.cli import app
+from ldm_edu.files import load_notes
 
 PROMPT = "a small red sphere left of a big blue cube"
 

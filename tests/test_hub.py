@@ -22,7 +22,8 @@ from ldm_edu import (
     UNet,
     load_first_stage,
 )
-from ldm_edu.checkpoints import Part, load_json
+from ldm_edu.checkpoints import Part
+from ldm_edu.files import load_json
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_edu.checkpoints import load_notes, load_tensors, save_tensors
+from ldm_edu.files import load_notes, load_tensors, save_tensors
 from ldm_edu.data.batches import RAGGED_KEYS
 from ldm_edu.display import to_uint8
 from ldm_edu.errors import DataError
@@ -81,7 +81,7 @@ def write_block(
 ) -> int:  # a checksum of everything
     "Write the tensors of a block to a file, whole or not at all."
     sums = json.dumps({name: _checksum(tensor) for name, tensor in tensors.items()})
-    save_tensors(tensors, path, notes={"sums": sums})
+    save_tensors(tensors, path, notes={"sums": sums}, checksum=False)
     return zlib.crc32(sums.encode())
 
 
@@ -101,7 +101,7 @@ class Block:
         if zlib.crc32(sums.encode()) != checksum:
             raise ValueError("the header has another checksum")
         self._sums: dict[str, int] = json.loads(sums)
-        self._tensors = load_tensors(path)
+        self._tensors = load_tensors(path, mapped=True)
         self._length = length
         self._columns: dict[str, Any] = {}
 

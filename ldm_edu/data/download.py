@@ -51,7 +51,7 @@ from urllib.parse import urlencode, urlsplit
 from urllib.request import Request, urlopen
 
 from ldm_edu.basics import progress
-from ldm_edu.checkpoints import atomic, load_json, save_json
+from ldm_edu.files import atomic, load_json, save_json
 from ldm_edu.data.coco import COCO_FOLDERS
 from ldm_edu.data.folders import split_by_name
 from ldm_edu.errors import DownloadError, LDMError

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm_edu.checkpoints import load_tensors
+from ldm_edu.files import load_tensors
 from ldm_edu.errors import CheckpointError, LDMError
 
 __all__ = ["BACKBONES", "backbone_weights"]

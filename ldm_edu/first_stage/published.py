@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import atomic, load_json, load_tensors, save_json, save_tensors
+from ..files import atomic, load_json, load_tensors, save_json, save_tensors
 from ..errors import CheckpointError, LDMError
 from .autoencoder import AutoencoderKL, FirstStage
 from .quantization import AutoencoderVQ

@@ -13,7 +13,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..checkpoints import CLASS, find_checkpoint, load_json
+from ..checkpoints import CLASS, find_checkpoint
+from ..files import load_json
 from ..errors import LDMError
 from .autoencoder import AutoencoderKL, Decoder, DiagonalGaussian, Encoder, FirstStage, Quantized
 

@@ -9,11 +9,11 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ldm_edu.basics import progress
-from ldm_edu.checkpoints import load_notes, load_tensors, save_tensors
+from ldm_edu.files import load_notes, load_tensors, save_tensors, writing
 from ldm_edu.data.cache import SampleCache
 from ldm_edu.errors import CheckpointError
 from ldm_edu.first_stage.autoencoder import FirstStage
-from ldm_edu.training.run import Run, RunAccelerator, writing
+from ldm_edu.training.run import Run, RunAccelerator
 
 __all__ = ["cached_latents"]
 

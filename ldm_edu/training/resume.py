@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from ldm_edu.basics import progress
-from ldm_edu.checkpoints import load_tensors
+from ldm_edu.files import load_tensors, writing
 from ldm_edu.display import save
 from ldm_edu.training.loop import Stage, StepResult, check_finite, optimise
-from ldm_edu.training.run import Run, SignalGuard, plot_log, provenance, writing
+from ldm_edu.training.run import Run, SignalGuard, plot_log, provenance
 from ldm_edu.training.state import State, load_state, make_state, save_state, state_file
 
 __all__ = ["run_stage"]

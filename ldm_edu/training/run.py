@@ -6,8 +6,7 @@ import platform
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,7 @@ from accelerate.tracking import GeneralTracker, get_available_trackers
 from torch import Tensor
 
 from ldm_edu.basics import pick_device, pick_dtype
-from ldm_edu.checkpoints import UNFINISHED, atomic, leftovers, load_json, save_json
+from ldm_edu.files import atomic, leftovers, load_json, save_json, writing
 from ldm_edu.errors import LDMError
 from ldm_edu.training.recipes import AnyRecipe, Training, flatten, recipe_differences
 from ldm_edu.training.recipes import recipe_from_dict, recipe_to_dict
@@ -119,15 +118,6 @@ def make_accelerator(
 
 
 # A run and its log ---------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    "`LDMError` that names `path` where writing it fails: a full disk, say, or a folder that may not be written."
-    try:
-        yield
-    except OSError as error:
-        raise LDMError(f"{path} cannot be written ({error}): make room, then go on with the run") from error
 
 
 @dataclass
@@ -271,9 +261,10 @@ def refuse_other_run(folder: Path, recipe: AnyRecipe, resume: bool) -> None:
 def sweep_leftovers(folder: Path) -> None:
     "Remove the temporary files of a save in which the run was killed."
     for path in leftovers(folder):
-        path.unlink()
-    for path in folder.rglob(f"{UNFINISHED}*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def write_recipe(folder: Path, recipe: AnyRecipe) -> None:

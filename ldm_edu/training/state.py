@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_edu.checkpoints import atomic, load_notes, load_tensors, save_tensors
+from ldm_edu.files import atomic, load_notes, load_tensors, save_tensors, writing
 from ldm_edu.errors import CheckpointError, LDMError
 from ldm_edu.training.loop import EMA, Stage
-from ldm_edu.training.run import Run, writing
+from ldm_edu.training.run import Run
 
 __all__ = ["State"]
 

@@ -24,8 +24,9 @@ from ldm_edu import (
     collate,
     train,
 )
-from ldm_edu.checkpoints import Part, find_class, load_json, load_tensors
+from ldm_edu.checkpoints import Part, find_class
 from ldm_edu.evaluation import score_condition
+from ldm_edu.files import load_json, load_tensors
 from ldm_edu.training import (
     ConditionerRecipe,
     DiffusionRecipe,

@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from ldm_edu.checkpoints import save_json, save_tensors
 from ldm_edu.data import blocks
 from ldm_edu.data import cache as data
 from ldm_edu.data.batches import batches, collate
@@ -29,6 +28,7 @@ from ldm_edu.data.toy import datasets as drawn
 from ldm_edu.data.toy.datasets import ToyCelebA, ToyCOCO
 from ldm_edu.display import to_uint8
 from ldm_edu.errors import DataError
+from ldm_edu.files import save_json, save_tensors
 
 SMALL = {"size": 8, "length": 50, "keys": ("image", "captions")}
 FORK = multiprocessing.get_context("fork") if "fork" in multiprocessing.get_all_start_methods() else None
@@ -296,10 +296,10 @@ def interrupted(monkeypatch, write: int, error: BaseException) -> list[int]:
     def stop(path) -> None:
         count.append(1)
         if len(count) == write + 1:
-            path.with_name(f".{path.name}.999999").write_bytes(b"half of")
+            path.with_name(f".{path.name}.999999999-a1b2c3").write_bytes(b"half of")
             raise error
 
-    monkeypatch.setattr(blocks, "save_tensors", lambda t, path, notes: (stop(path), save_tensors(t, path, notes=notes)))
+    monkeypatch.setattr(blocks, "save_tensors", lambda t, path, **how: (stop(path), save_tensors(t, path, **how)))
     monkeypatch.setattr(data, "save_json", lambda values, path: (stop(path), save_json(values, path)))
     return count
 

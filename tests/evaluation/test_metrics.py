@@ -12,13 +12,13 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_edu.checkpoints import save_tensors
 from ldm_edu.data.toy.scenes import Scene, Thing
 from ldm_edu.errors import CheckpointError, LDMError
 from ldm_edu.evaluation import backbones
 from ldm_edu.evaluation.backbones import BACKBONES, backbone_weights, linear_weights
 from ldm_edu.evaluation.features import THINGS, ToyFeatures, thing_targets
 from ldm_edu.evaluation.metrics import LPIPS, gaussian_window, layer_distances, psnr, ssim, ssim_map, unit
+from ldm_edu.files import save_tensors
 
 # --- PSNR ---
 

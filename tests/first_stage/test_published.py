@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from ldm_edu.checkpoints import save_json, save_tensors
 from ldm_edu.errors import CheckpointError, LDMError
+from ldm_edu.files import save_json, save_tensors
 from ldm_edu.first_stage import published
 from ldm_edu.first_stage.autoencoder import AutoencoderKL
 from ldm_edu.first_stage.published import (

@@ -6,8 +6,8 @@ import random
 import pytest
 import torch
 
-from ldm_edu.checkpoints import save_json
 from ldm_edu.errors import CheckpointError, LDMError
+from ldm_edu.files import save_json
 from ldm_edu.first_stage import AutoencoderKL, AutoencoderVQ, IdentityFirstStage
 from ldm_edu.first_stage.quantization import VectorQuantizer, codebook_usage, load_first_stage, nearest
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from ldm_edu.checkpoints import load_tensors
 from ldm_edu.data.toy.captions import VOCABULARY
+from ldm_edu.files import load_tensors
 from ldm_edu.training.dispatch import train
 from ldm_edu.training.recipes import (
     AdversarialRecipe,

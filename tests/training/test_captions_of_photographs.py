@@ -11,8 +11,8 @@ from PIL import Image
 from small_runs import HOW
 
 from ldm_edu import COCO, LatentDiffusion, LDMError, RunOptions, find_recipe, train
-from ldm_edu.checkpoints import load_json
 from ldm_edu.conditioning import frequent_words
+from ldm_edu.files import load_json
 from ldm_edu.training import Recipe
 
 CAPTIONS = (

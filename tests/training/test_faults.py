@@ -14,8 +14,8 @@ from small_stages import Small, SmallStage, batch_at, held_out, small_run, stopp
 from torch import nn
 
 import ldm_edu.training.loop as loop
-from ldm_edu.checkpoints import load_notes, load_tensors
 from ldm_edu.errors import CheckpointError, DataError, LDMError
+from ldm_edu.files import load_notes, load_tensors
 from ldm_edu.training.resume import run_stage
 from ldm_edu.training.run import Run, RunOptions, make_accelerator
 from ldm_edu.training.state import state_file

@@ -11,12 +11,12 @@ from small_runs import differences, tiny, tiny_autoencoder, train_tiny
 from small_stages import SmallStage, small_run
 
 import ldm_edu.training.latents as latents
-from ldm_edu.checkpoints import load_notes, load_tensors
 from ldm_edu.data.cache import cached
 from ldm_edu.data.toy.datasets import ToyCOCO
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.features import ToyFeatures
 from ldm_edu.evaluation.metrics import LPIPS
+from ldm_edu.files import load_notes, load_tensors
 from ldm_edu.first_stage.autoencoder import AutoencoderKL, DiagonalGaussian
 from ldm_edu.first_stage.quantization import AutoencoderVQ, load_first_stage
 from ldm_edu.latent_diffusion import LatentDiffusion

@@ -8,9 +8,9 @@ import torch
 
 import ldm_edu.training.judge as module
 from ldm_edu import LatentDiffusion, ToyCOCO
-from ldm_edu.checkpoints import load_notes, load_tensors
 from ldm_edu.evaluation.features import ToyFeatures, thing_targets
 from ldm_edu.evaluation.judge import SceneReader
+from ldm_edu.files import load_notes, load_tensors
 from ldm_edu.first_stage.autoencoder import AutoencoderKL
 from ldm_edu.first_stage.quantization import AutoencoderVQ
 from ldm_edu.training.dispatch import train

@@ -22,9 +22,9 @@ from small_stages import (
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ldm_edu.checkpoints import load_notes, load_tensors
 from ldm_edu.data.toy.datasets import ToyCOCO
 from ldm_edu.errors import DataError, LDMError
+from ldm_edu.files import load_notes, load_tensors
 from ldm_edu.training.data import pick_captions
 from ldm_edu.training.loop import (
     EMA,

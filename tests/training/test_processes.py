@@ -11,7 +11,7 @@ import pytest
 from small_runs import Child, of_stages, tiny, tiny_autoencoder, train_tiny, weights
 
 import ldm_edu.training.stages as training
-from ldm_edu.checkpoints import load_notes
+from ldm_edu.files import load_notes
 from ldm_edu.training.loop import batch_indices
 
 # What each of the processes runs: as a script, since that is what `accelerate launch` starts.

@@ -11,10 +11,10 @@ import pytest
 from small_runs import Child, differences, tiny_autoencoder, train_tiny, weights
 from small_stages import SmallStage, small_run
 
-import ldm_edu.checkpoints as checkpoints
+import ldm_edu.files as file_tools
 import ldm_edu.training.resume as training
-from ldm_edu.checkpoints import load_notes
 from ldm_edu.errors import CheckpointError
+from ldm_edu.files import load_notes
 from ldm_edu.training.resume import run_stage
 
 SEED = int(os.environ.get("LDM_EDU_TEST_SEED", random.SystemRandom().randrange(10**6)))  # of the moments of death
@@ -61,7 +61,7 @@ def die() -> None:
 
 def die_at_write(folder, k: int) -> None:
     """Train, and die when half of the k-th safetensors file is written."""
-    whole, written = checkpoints.save_file, []
+    whole, written = file_tools.save_file, []
 
     def half(tensors, path, metadata=None):
         whole(tensors, path, metadata=metadata)
@@ -70,7 +70,7 @@ def die_at_write(folder, k: int) -> None:
             os.truncate(path, path.stat().st_size // 2)
             die()
 
-    checkpoints.save_file = half
+    file_tools.save_file = half
     train_tiny(folder)
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from small_runs import differences, of_stages, tiny, tiny_autoencoder, train_tin
 
 import ldm_edu.training.data as training_data
 import ldm_edu.training.run as runs
-from ldm_edu.checkpoints import load_notes, load_tensors
 from ldm_edu.errors import CheckpointError, DataError, LDMError
+from ldm_edu.files import load_notes, load_tensors
 from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.training.dispatch import train
 from ldm_edu.training.recipes import Training, find_recipe, recipe_from_dict, recipe_to_dict
@@ -115,8 +116,9 @@ def test_resume_needs_a_run(tmp_path):
 
 def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     folder = open_run(tiny(), tmp_path / "run", CPU).folder
-    leftovers = [folder / ".loss.png.123", folder / "model" / "unet" / ".model.safetensors.4567"]
-    others = [folder / ".keep", folder / ".notes.txt", folder / "model" / "v1.123"]
+    leftovers = [folder / ".loss.png.999999999-a1b2c3", folder / "model" / ".model.safetensors.999999998-123456"]
+    mine = folder / f".loss.png.{os.getpid()}-a1b2c3"  # of a process that is at work
+    others = [mine, folder / ".keep", folder / ".notes.txt", folder / "model" / "v1.123"]
     for path in leftovers + others:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("something")

@@ -1,0 +1,330 @@
+"""Every file goes through here: written whole or not at all, read with an error that names the file and the remedy."""
+
+import errno
+import json
+import os
+import re
+import secrets
+import textwrap
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ldm_edu.errors import CheckpointError, LDMError
+
+__all__ = ["atomic", "load_json", "load_notes", "load_tensors", "save_json", "save_tensors"]
+
+
+# --- What the system says, and what to do about it ---
+
+_REMEDIES = {
+    (errno.ENOSPC, errno.EDQUOT): "the disk is full: make room",
+    (errno.EFBIG,): "it is larger than a file may be here",
+    (errno.EACCES, errno.EPERM, errno.EROFS): "no permission: change the permissions, or take another place",
+    (errno.EISDIR,): "a folder stands in its place",
+    (errno.ENOTDIR, errno.EEXIST): "a file stands where a folder is needed",
+    (errno.ENAMETOOLONG,): "the name is too long",
+    (errno.ENOENT,): "there is no such file or folder",
+    (errno.ELOOP,): "a link leads back to itself",
+}
+
+
+def reason(error: Exception) -> str:
+    "What an error of the operating system means, and what to do about it, in one line."
+    for numbers, text in _REMEDIES.items():
+        if isinstance(error, OSError) and error.errno in numbers:
+            return text
+    return brief(error) if not isinstance(error, OSError) or error.strerror is None else error.strerror
+
+
+def brief(error: Exception) -> str:
+    "The message of an error in one line of at most 300 characters."
+    return textwrap.shorten(str(error) or type(error).__name__, 300)
+
+
+BROKEN_NAME = (ValueError, RuntimeError)  # a name with a zero byte; ~nobody
+
+
+@contextmanager
+def writing(
+    path: str | Path,  # a file or a folder
+    error: type[LDMError] = LDMError,  # what is raised
+    advice: str = "",  # behind the reason
+) -> Iterator[None]:
+    "Turns what the operating system refuses inside the block into an error that names `path` and the remedy."
+    try:
+        yield
+    except (OSError, SafetensorError) as refused:
+        raise error(f"{path} cannot be written: {reason(refused)}{advice}") from refused
+
+
+@contextmanager
+def reading(
+    path: str | Path,
+    error: type[LDMError] = CheckpointError,  # what is raised
+    kind: str = "file",  # what should be there, for the message
+    advice: str = "",  # behind "is missing"
+) -> Iterator[None]:
+    "Turns what the operating system refuses inside the block into an error that names `path` and the remedy."
+    try:
+        yield
+    except OSError as refused:
+        # safetensors reports whatever it cannot open as missing.
+        if isinstance(refused, FileNotFoundError) and not os.path.lexists(path):
+            raise error(f"{path} is missing{advice}") from refused
+        if isinstance(refused, FileNotFoundError):
+            what = "is a link that leads nowhere" if os.path.islink(path) else "cannot be read: no permission"
+            raise error(f"{path} {what}") from refused
+        raise error(f"{path} cannot be read: {reason(refused)}; a {kind} should stand here") from refused
+
+
+def folder_for(
+    path: str | Path,  # of a file
+    error: type[LDMError] = LDMError,
+) -> None:
+    "Create the folder that a file will lie in; LDMError where that cannot be."
+    with writing(Path(path).parent, error):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+
+
+def probe(path: str | Path) -> Path:
+    """`path` as a Path, where a file can be written; else LDMError, before the work whose result it is for.
+
+    `~` is the home folder. The folder is created where it is missing, and what lies there stays as it was.
+    """
+    try:
+        path = Path(path).expanduser()
+        folder_for(path)
+        with writing(path):
+            if path.exists() and not path.is_file():
+                raise IsADirectoryError(errno.EISDIR, "a folder, or something else that is no file")
+            with atomic(path, replace=False):
+                pass
+    except BROKEN_NAME as error:
+        if isinstance(error, LDMError):
+            raise
+        raise LDMError(f"{str(path)!r} is no name that a file can have ({error})") from error
+    return path
+
+
+# --- Whole, or not at all ---
+
+
+@contextmanager
+def atomic(
+    path: str | Path,
+    replace: bool = True,  # False: only try whether it could be written
+) -> Iterator[Path]:
+    """A temporary file beside `path`; it replaces `path` only if the block ends without an error.
+
+    A reader of `path` therefore finds the old file or the new one, never a part of it, even if the machine stops in the
+    middle of writing: renaming a file is one single step of the operating system. The new file has the permissions that
+    any new file gets, whatever the block writes it with.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name[-60:]}.{os.getpid()}-{secrets.token_hex(3)}")
+    with open(temporary, "xb"):  # "x": never through a link that somebody has put there
+        mode = temporary.stat().st_mode
+    try:
+        yield temporary
+        if not replace:
+            return
+        if temporary.stat().st_mode != mode:  # safetensors makes files for their owner alone
+            temporary.chmod(mode)
+        with open(temporary, "r+b") as file:  # "+": Windows refuses to flush what is open for reading
+            os.fsync(file.fileno())  # on the disk, not in some cache, before it takes the name
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+_UNFINISHED = ".unfinished-"  # how the temporary folders of `whole_folder` begin
+
+
+@contextmanager
+def whole_folder(folder: str | Path) -> Iterator[Path]:
+    "A temporary folder; what the block writes there takes its place in `folder` only if the block ends without an error."
+    folder = Path(folder)
+    with writing(folder, CheckpointError):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=folder, prefix=f"{_UNFINISHED}{os.getpid()}-") as new:
+            yield Path(new)
+            for path in sorted(Path(new).rglob("*"), key=lambda path: (path.name == "config.json", path)):
+                if path.is_file():
+                    place = folder / path.relative_to(new)
+                    place.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, place)
+
+
+# Temporary names of `atomic` and `whole_folder`, with the number of the process, and those of safetensors.
+_TEMPORARY = re.compile(r"\..+\.(\d+)-\w{6}|\.unfinished-(\d+)-\w+|\.tmp\w{6}")
+
+
+def _is_running(process: int) -> bool:
+    "Does a process of that number exist on this machine?"
+    if os.name == "nt":  # there, os.kill would end it
+        return process == os.getpid()
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # somebody else's
+        return True
+    return True
+
+
+def leftovers(folder: str | Path) -> list[Path]:
+    "Temporary files and folders under `folder` of processes that were killed while they wrote."
+    found = []
+    for path in Path(folder).rglob(".*"):
+        named = _TEMPORARY.fullmatch(path.name)
+        number = named and (named[1] or named[2])
+        if named and not (number and _is_running(int(number))):
+            found.append(path)
+    return found
+
+
+# --- Tensors ---
+
+_CHECKSUM = "checksum"  # entry of a safetensors file's header: of all its tensors together
+
+
+def _checksum(tensors: Mapping[str, Tensor]) -> str:
+    "A checksum of names, dtypes, shapes and bytes of tensors."
+    total = 0
+    for name, tensor in sorted(tensors.items()):
+        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
+        total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
+    return f"{total:08x}"
+
+
+@contextmanager
+def _reading_tensors(path: str | Path) -> Iterator[None]:
+    "`CheckpointError`, with the file's name, where a safetensors file cannot be read."
+    try:
+        with reading(path, kind="safetensors file"):
+            yield
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is not a whole safetensors file ({brief(error)}): copy it again") from error
+
+
+def save_tensors(
+    tensors: Mapping[str, Tensor],
+    path: str | Path,
+    half: bool = False,  # save floating-point tensors as float16
+    notes: Mapping[str, str] | None = None,  # texts for the file's header
+    checksum: bool = True,  # add a checksum of all tensors to them
+) -> None:
+    """Write named tensors to a safetensors file, whole or not at all.
+
+    With `half` the relative error of a number is at most 2⁻¹¹, and a finite number beyond float16's 65504 raises
+    CheckpointError. So does a file that cannot be written, for instance because the disk is full.
+    """
+    kept = {}
+    for name, tensor in tensors.items():
+        dtype = torch.float16 if half and tensor.is_floating_point() else tensor.dtype
+        kept[name] = tensor.detach().to("cpu", dtype, copy=True).contiguous()
+        if half and not torch.equal(kept[name].isfinite(), tensor.detach().cpu().isfinite()):
+            raise CheckpointError(f"'{name}' has values beyond float16's 65504: save it with half=False")
+    with writing(path, CheckpointError), atomic(path) as temporary:
+        save_file(kept, temporary, metadata={**(notes or {}), **({_CHECKSUM: _checksum(kept)} if checksum else {})})
+
+
+def load_tensors(
+    path: str | Path,
+    mapped: bool = False,  # leave the numbers on the disk until they are touched, and do not compare the checksum
+) -> dict[str, Tensor]:
+    """The named tensors of a safetensors file, on the CPU.
+
+    CheckpointError where the file is missing, truncated, of another kind, or changed since `save_tensors` wrote it.
+    """
+    with _reading_tensors(path), safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
+        if mapped:
+            return tensors
+        # Copies: Windows replaces no file that is mapped into memory.
+        tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+        written = (file.metadata() or {}).get(_CHECKSUM)
+    if written is not None and written != _checksum(tensors):
+        raise CheckpointError(f"{path} is damaged: its checksum is not the one that was written; copy it again")
+    return tensors
+
+
+def load_notes(path: str | Path) -> dict[str, str]:
+    "The texts in a safetensors file's header, without reading its tensors; CheckpointError as for `load_tensors`."
+    with _reading_tensors(path), safe_open(path, "pt") as file:
+        return {name: text for name, text in (file.metadata() or {}).items() if name != _CHECKSUM}
+
+
+# --- Text and JSON ---
+
+
+def read_text(
+    path: str | Path,
+    error: type[LDMError] = CheckpointError,  # what is raised
+    advice: str = "",  # behind "is missing"
+) -> str:
+    "A text in UTF-8, without the invisible mark that some editors put in front; an error that names the file."
+    try:
+        with reading(path, error, "text file", advice):
+            return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as wrong:
+        raise error(f"{path} is not text in UTF-8 ({wrong}); copy it again") from wrong
+
+
+def write_text(text: str, path: str | Path, error: type[LDMError] = CheckpointError) -> None:
+    "Write a text in UTF-8, whole or not at all; an error that names the file."
+    with writing(path, error), atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _no_number(name: str) -> None:
+    "What `json` calls for the words NaN and Infinity, which are no JSON."
+    raise ValueError(f"{name} is no number that JSON knows")
+
+
+def parse_json(text: str) -> Any:
+    "What JSON text holds; ValueError where it is none, or nested too deeply to be read."
+    try:
+        return json.loads(text, parse_constant=_no_number)
+    except RecursionError:
+        raise ValueError("its lists and objects are nested too deeply") from None
+
+
+def read_json(
+    path: str | Path,
+    error: type[LDMError] = CheckpointError,  # what is raised
+    advice: str = "",  # behind "is missing"
+) -> Any:
+    "What a JSON file holds; an error that names the file."
+    text = read_text(path, error, advice)
+    try:
+        return parse_json(text)
+    except ValueError as wrong:
+        raise error(f"{path} is not JSON ({brief(wrong)}); copy it again") from wrong
+
+
+def load_json(path: str | Path) -> dict[str, Any]:
+    "The dict in a JSON file; CheckpointError where the file is missing or holds something else."
+    values = read_json(path)
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, not a {type(values).__name__}")
+    return values
+
+
+def save_json(values: Mapping[str, Any], path: str | Path) -> None:
+    "Write a dict as indented JSON, whole or not at all; CheckpointError names an entry that JSON cannot hold."
+    for name, value in values.items():
+        try:
+            json.dumps(value, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"`{name}` cannot be written as JSON: {error}") from error
+    write_text(json.dumps(values, indent=2) + "\n", path)
