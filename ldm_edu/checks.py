@@ -40,10 +40,10 @@ def check_seed(name: str, value: Any) -> int:
 def check_number(
     name: str,  # of the argument
     value: Any,
-    least: float = -math.inf,
-    most: float = math.inf,
-    above: float | None = None,  # the number should be larger than this, not equal to it
-) -> float:
+    least: float | int = -math.inf,
+    most: float | int = math.inf,
+    above: float | int | None = None,  # the number should be larger than this, not equal to it
+) -> float | int:
     "`value` as it is; LDMError where it is no finite number from `least` to `most`."
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not least <= value <= most or (above is not None and value <= above):
@@ -80,6 +80,16 @@ def check_tensor(
     return value
 
 
+def known_range(value: Tensor) -> tuple[float | int, float | int] | None:
+    "Smallest and largest value of a tensor on the CPU; None on other devices, where to ask would mean to wait for them."
+    if value.device.type != "cpu" or type(value) is not Tensor or torch.compiler.is_compiling():
+        return None
+    if not value.numel() or value.dtype == torch.bool:
+        return None
+    least, most = value.detach().aminmax()
+    return least.item(), most.item()
+
+
 def check_images(
     name: str,  # of the argument
     value: Any,
@@ -87,10 +97,9 @@ def check_images(
 ) -> Tensor:
     "`value` as it is; LDMError where it is no batch of images (b, c, h, w) in [-1, 1]. On the CPU the range is checked."
     images = check_tensor(name, value, ("b", channels, "h", "w"))
-    if images.device.type == "cpu" and images.numel() and not torch.compiler.is_compiling():
-        most = images.detach().abs().amax().item()
-        if not most <= MOST_VALUE:
-            raise LDMError(f"{name} should be images in [-1, 1], but holds values up to {most:g}")
+    least, most = known_range(images) or (0, 0)
+    if not -MOST_VALUE <= least <= most <= MOST_VALUE:
+        raise LDMError(f"{name} should be images in [-1, 1], but holds values from {least:g} to {most:g}")
     return images
 
 
@@ -113,3 +122,34 @@ def check_device(name: str, value: Tensor, device: torch.device, what: str = "th
     "LDMError where a tensor lies on another device than what it meets."
     if value.device != device:
         raise LDMError(f"{name} is on {value.device}, but {what} on {device}: move it by .to({str(device)!r})")
+
+
+def check_counts(least: int = 1, most: int | None = None, or_none: bool = False, **values: Any) -> None:
+    "`check_count` of several arguments by their names; with `or_none`, each may also be None."
+    for name, value in values.items():
+        if not (or_none and value is None):
+            check_count(name, value, least, most)
+
+
+MOST_LEVELS = 12  # of a network: at the smallest one, an image would have shrunk by 2048
+
+
+def check_levels(name: str, values: Any) -> None:
+    "LDMError where `values` are no whole numbers of at least 1, one for each of 1 to 12 levels."
+    if not isinstance(values, Sequence) or isinstance(values, str) or not 1 <= len(values) <= MOST_LEVELS:
+        raise LDMError(f"{name}={_shown(values)} should be a list of 1 to {MOST_LEVELS} whole numbers, one for each level")
+    for value in values:
+        check_count(f"each of {name}: {name}", value)
+
+
+def like_weights(
+    name: str,  # of the argument
+    value: Tensor,
+    module: torch.nn.Module,
+) -> Tensor:
+    "`value` in the number format of a module's weights; LDMError where it lies on another device than they."
+    weight = next(module.parameters(), None)
+    if weight is None:
+        return value
+    check_device(name, value, weight.device)
+    return value.to(weight.dtype)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .basics import progress
 from .checkpoints import CLASS, Saved, find_checkpoint
+from .checks import MOST_SEED, check_count, check_number
 from .files import load_json, save_json, whole_folder
 from .conditioning.condition import Condition, Conditioner
 from .conditioning.guidance import Guidance
@@ -30,7 +31,7 @@ from .first_stage.quantization import load_first_stage
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #8c7ef353
 def _check_parts(first_stage: FirstStage, unet: UNet, conditioner: Conditioner | None, size: int) -> None:
     "`LDMError` if the parts of a model do not fit each other, or if the size of its images does not fit them."
-    if size % first_stage.f:
+    if check_count("size", size, first_stage.f, 16384) % first_stage.f:
         raise LDMError(f"size={size} is no multiple of first_stage's f = {first_stage.f}")
     for slot in ("context_dim", "concat_channels", "vector_dim"):
         wanted, filled = getattr(unet, slot) or 0, getattr(conditioner, slot, None) or 0
@@ -109,11 +110,9 @@ def _requests(
 ) -> tuple[dict[str, Any] | None, int]:
     "What is asked for as a batch, or None, and the number of images; `LDMError` if the two do not fit."
     if prompts is None or isinstance(prompts, str):
-        count = 1 if n is None else n
-        if count < 1:
-            raise LDMError("n: nothing to draw; ask for at least one image")
+        count = 1 if n is None else check_count("n", n)
         return (None if prompts is None else {"caption": [prompts] * count}), count
-    if not isinstance(prompts, Mapping | Sequence):
+    if not isinstance(prompts, Mapping | Sequence) or isinstance(prompts, bytes):
         raise LDMError(f"prompts: {prompts!r} is neither captions nor a batch; n is the number of images")
     batch = dict(prompts) if isinstance(prompts, Mapping) else {"caption": list(prompts)}
     counts = {key: len(batch[key]) for key in keys if key in batch}
@@ -122,7 +121,7 @@ def _requests(
         raise LDMError("prompts: an empty list; ask for at least one image")
     if len({*counts.values()}) > 1:
         raise LDMError(f"prompts: of different lengths, {counts}: each image needs one of each")
-    if n not in (None, count):
+    if n is not None and check_count("n", n) != count:
         raise LDMError(f"n={n}, but there are {count} prompts: n goes with one prompt, or with none")
     return batch, count
 
@@ -139,8 +138,8 @@ _DIFFUSERS = {  # words of diffusers, and ours
 
 def _check_words(words: Mapping[str, Any], sampler: str) -> None:
     "`LDMError` for a sampler that does not exist, or for a word that it does not know."
-    if sampler not in SAMPLERS:
-        raise LDMError(f"unknown sampler '{sampler}'; known: {', '.join(SAMPLERS)}")
+    if not isinstance(sampler, str) or sampler not in SAMPLERS:
+        raise LDMError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
     arguments = inspect.signature(SAMPLERS[sampler]).parameters.values()
     known = [p.name for p in arguments if p.kind is p.KEYWORD_ONLY and p.name != "noise"]
     for word in words:
@@ -167,15 +166,19 @@ class Sampling(Denoising):
         check: bool = False,  # refuse a UNet whose predictions ignore the condition? See `Guidance`
         **options: Any,  # further arguments of the sampler, such as eta=1.0
     ) -> Float[Tensor, "b 3 h w"]:
-        "Images in [−1, 1] on the model's device. `LDMError` if prompts, n, steps or sampler make no sense."
+        "Images in [−1, 1], on the device and in the number format of the UNet. `LDMError` where an argument makes no sense."
         _check_words(options, sampler)
+        check_count("steps", steps, 1, self.schedule.T)
+        check_number("scale", scale)
         batch, count = _requests(prompts, n, self.conditioner.keys if self.conditioner is not None else ())
         denoise, cond = self.denoiser(batch, scale, check)
+        check_count("seed", seed, 0, MOST_SEED + 1 - count)
         noise = SeededNoise(range(seed, seed + count))
-        x_T = noise.noise(self.latent_shape).to(next(self.unet.parameters()))
+        dtype = next(self.unet.parameters()).dtype
+        x_T = noise.noise(self.latent_shape).to(self.device, torch.promote_types(dtype, torch.float32))
         walk = SAMPLERS[sampler](denoise, x_T, self.schedule, steps=steps, cond=cond, noise=noise, **options)
         z = last(progress(walk, "sampling", total=steps) if show_progress else walk)
-        return self.first_stage.decode(z).clamp(-1, 1)
+        return self.first_stage.decode(z).clamp(-1, 1).to(dtype)
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #5e3d53c9
 _LOADERS: dict[str, Callable[..., Any]] = {  # folders of a checkpoint, and what loads them

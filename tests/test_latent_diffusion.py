@@ -118,7 +118,7 @@ def test_half_precision_on_disk_is_close(tmp_path):
         (dict(prompts="red", steps=0), "steps"),
         (dict(prompts="red", steps=1001), "steps"),
         (dict(prompts="red", sampler="euler"), "ddim"),
-        (dict(prompts="red", n=0), "at least one"),
+        (dict(prompts="red", n=0), "n=0 should be"),
     ],
 )
 def test_refuses_questions_without_sense(question, word):

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from ..checks import check_like, check_number, check_tensor
 from .condition import Condition
 from ..errors import LDMError
 
@@ -40,7 +41,7 @@ class Guidance:
     ):
         self.denoise = denoise
         self.null = null
-        self.scale = scale
+        self.scale = check_number("scale", scale)
         self.check = check
 
     def __call__(
@@ -54,10 +55,13 @@ class Guidance:
             return self.denoise(x_t, t, cond)
         if cond is None:
             raise LDMError(f"cond is missing: guidance with scale={self.scale} needs a condition")
+        if len(cond) != len(check_tensor("x_t", x_t, ("b", "..."))):
+            raise LDMError(f"cond is of {len(cond)} images, but x_t of {len(x_t)}")
         # first the images without their condition, then with it
         without = cond.dropped(self.null)
-        both = Condition.cat([without, cond])
-        eps_u, eps_c = self.denoise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+        twice, both = torch.cat([x_t, x_t]), Condition.cat([without, cond])
+        prediction = check_like("the prediction of denoise", self.denoise(twice, torch.cat([t, t]), both), "x_t", twice)
+        eps_u, eps_c = prediction.chunk(2)
         if self.check:
             refuse_ignoring(cond, without, eps_c, eps_u)
             self.check = False
@@ -71,6 +75,7 @@ def drop(
     u: Float[Tensor, "b"],  # uniform in [0, 1), one number an image, drawn by the caller
 ) -> Condition:
     "The training half of classifier-free guidance: `null` where `u < p`, `cond` elsewhere."
-    if not 0 <= p <= 1:
-        raise LDMError(f"p={p} is not a probability from 0 to 1")
+    check_number("p", p, 0, 1)
+    if u.shape != (len(cond),):
+        raise LDMError(f"u has the shape {tuple(u.shape)}, but should be ({len(cond)},): one number for each image")
     return cond.where(u >= p, null) if p or null.slots() else cond

@@ -16,6 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..checkpoints import Part
+from ..checks import check_counts, check_device, check_levels, check_number, check_tensor
+from ..checks import known_range, like_weights
 from .attention import AttentionBlock, SpatialTransformer, zero_init
 from ..errors import LDMError
 from ..layers import Upsample, group_norm
@@ -227,8 +229,8 @@ def take_slots(
     context_dim: int | None,  # the three arguments with which the UNet was built
     concat_channels: int,
     vector_dim: int | None,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    "The context, concat and vector of `cond`; LDMError where they are not what the UNet was built for."
+) -> tuple[Tensor | None, ...]:
+    "The context, concat and vector of `cond`, as x's kind of numbers; LDMError where they are not the UNet's."
     slots = ("context", "concat", "vector")
     if cond is not None and not any(hasattr(cond, slot) for slot in slots):
         raise LDMError(f"cond is a {type(cond).__name__}, which has none of the slots {', '.join(slots)}")
@@ -238,7 +240,10 @@ def take_slots(
     concat_shape = (b, concat_channels, h, w) if concat_channels else None
     check_slot("concat", concat, concat_shape, f"concat_channels={concat_channels}")
     check_slot("vector", vector, (b, vector_dim) if vector_dim else None, f"vector_dim={vector_dim}")
-    return context, concat, vector
+    for name, slot in zip(slots, (context, concat, vector)):
+        if slot is not None:
+            check_device(f"cond.{name}", slot, x.device, "x")
+    return tuple(None if slot is None else slot.to(x.dtype) for slot in (context, concat, vector))
 
 # %% ../../nbs/3_denoiser/32_unet.ipynb #ea43fa1a
 def check_input(
@@ -248,13 +253,30 @@ def check_input(
     factor: int,  # number that must divide h and w
 ) -> None:
     "LDMError where the noisy latent or its timesteps are not what the UNet was built for."
-    b, c, h, w = x.shape
+    b, c, h, w = check_tensor("x", x, ("b", "c", "h", "w")).shape
     if c != in_channels:
         raise LDMError(f"x has {c} channels, but the UNet was built with in_channels={in_channels}")
     if h % factor or w % factor:
         raise LDMError(f"x is {h} × {w}, but its height and width must be divisible by {factor}")
-    if t.shape != (b,):
-        raise LDMError(f"t has shape {tuple(t.shape)}, but should be ({b},): one timestep for each x")
+    if not isinstance(t, Tensor) or t.shape != (b,):
+        told = f"has shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"is {t!r}"
+        raise LDMError(f"t {told}, but should be a tensor ({b},): one timestep for each x")
+    least, _ = known_range(t) or (0, 0)
+    if t.is_floating_point() or least < 0:
+        raise LDMError(f"t holds {t.dtype} from {least} on, but timesteps are whole numbers from 0 on")
+    check_device("t", t, x.device, "x")
+
+# %% ../../nbs/3_denoiser/32_unet.ipynb #2ce32dee
+def check_numbers(**arguments: Any) -> None:
+    "LDMError where an argument of `UNet` is not a number that it can be."
+    at_least_one = ("in_channels", "out_channels", "channels", "head_channels")
+    check_counts(**{name: arguments[name] for name in at_least_one})
+    check_counts(most=64, **{name: arguments[name] for name in ("blocks", "transformer_depth")})
+    check_counts(or_none=True, **{name: arguments[name] for name in ("context_dim", "vector_dim", "heads")})
+    check_counts(0, concat_channels=arguments["concat_channels"])
+    check_number("dropout", arguments["dropout"], 0, 1)
+    check_levels("multipliers", arguments["multipliers"])
+    check_factors(arguments["attention_factors"], arguments["multipliers"])
 
 # %% ../../nbs/3_denoiser/32_unet.ipynb #6438e662
 class PlannedUNet(nn.Module):
@@ -322,7 +344,7 @@ class UNet(Part, PlannedUNet):
         def attention(c: int) -> nn.Module:
             return attention_layer(c, head_channels, heads, context_dim, transformer_depth, linear_projection)
 
-        check_factors(attention_factors, multipliers)
+        check_numbers(**self.config)
         res = partial(ResBlock, emb_dim=4 * channels, dropout=dropout)
         down = down_plan(in_channels + concat_channels, channels, multipliers, blocks, attention_factors)
         super().__init__(down, up_plan(down, blocks), out_channels, vector_dim, res, attention)
@@ -335,7 +357,8 @@ class UNet(Part, PlannedUNet):
         t: Int[Tensor, "b"],  # its timestep
         cond: Any = None,  # has `.context`, `.concat`, `.vector`, each None or a tensor
     ) -> Float[Tensor, "b o h w"]:
-        "The prediction at x_t: the noise, where the schedule's prediction is epsilon."
+        "The prediction at x_t, in the number format of x: the noise, where the schedule's prediction is epsilon."
         check_input(x, t, self.in_channels, self.factor)
-        context, concat, vector = take_slots(cond, x, self.context_dim, self.concat_channels, self.vector_dim)
-        return self.predict(x if concat is None else torch.cat([x, concat], dim=1), t, context, vector)
+        h = like_weights("x", x, self)
+        context, concat, vector = take_slots(cond, h, self.context_dim, self.concat_channels, self.vector_dim)
+        return self.predict(h if concat is None else torch.cat([h, concat], dim=1), t, context, vector).to(x.dtype)

@@ -7,12 +7,14 @@ __all__ = ['SAMPLERS', 'Step', 'last', 'timesteps', 'amplitudes', 'posterior', '
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #d5abad1c
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..checks import check_count, check_like, check_number, check_seed, check_tensor, known_range
 from .schedule import NoiseSchedule
 from ..errors import LDMError
 
@@ -42,8 +44,7 @@ def timesteps(
     steps: int,  # calls of the denoiser, 1 to T
 ) -> list[int]:
     'Levels to visit, descending from T - 1, evenly ("trailing") spaced; after the last comes the clean end.'
-    if not 1 <= steps <= schedule.T:
-        raise LDMError(f"steps={steps} must lie between 1 and the T={schedule.T} levels of the schedule")
+    steps = check_count("steps", steps, 1, schedule.T)
     return [round(k * schedule.T / steps) - 1 for k in range(steps, 0, -1)]
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #be6eb175
@@ -74,11 +75,11 @@ class SeededNoise:
 
     def __init__(
         self,
-        seeds: Sequence[int],  # one per image
+        seeds: Sequence[int],  # one per image, 0 to 2³² - 1
     ):
         if isinstance(seeds, int):
             raise LDMError(f"seeds={seeds} must be a sequence with one seed per image, such as [{seeds}]")
-        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.generators = [torch.Generator().manual_seed(check_seed("seed", seed)) for seed in seeds]
 
     def noise(
         self,
@@ -87,21 +88,45 @@ class SeededNoise:
         "The next noise of every stream (b, *shape), float32 on the CPU."
         return torch.stack([torch.randn(*shape, generator=generator) for generator in self.generators])
 
+    def __len__(self) -> int:
+        "The number of images."
+        return len(self.generators)
+
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #3f4b6fdc
-def _ask(denoise: Callable[..., Tensor], schedule: NoiseSchedule, x: Tensor, t: int, cond: Any) -> tuple[Tensor, ...]:
-    "Call the denoiser at level t: its estimates of the clean samples and of the noise."
-    level = torch.full((len(x),), t, device=x.device)
-    return schedule.x0_and_noise(denoise(x, level, cond), x, level)
+def _walk(
+    move: Callable[[Tensor, Tensor, Tensor, int, int], Tensor],  # x_t, guesses of x_0 and of the noise, t, s -> x_s
+    denoise: Callable[..., Tensor],
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    levels: Sequence[int],  # see `timesteps`
+    cond: Any,
+) -> Iterator[Step]:
+    "The loop of all samplers: ask the denoiser, move to the next level, yield."
+    x = x_T.to(torch.promote_types(x_T.dtype, torch.float32))
+    for t, s in zip(levels, [*levels[1:], -1]):
+        with torch.no_grad():
+            level = torch.full((len(x),), t, device=x.device)
+            prediction = check_like("the prediction of denoise", denoise(x.to(x_T.dtype), level, cond), "x_t", x)
+            x0, eps = schedule.x0_and_noise(prediction.to(x.dtype), x, level)
+            x = move(x, x0, eps, t, s)
+        yield Step(t, x.to(x_T.dtype), x0.to(x_T.dtype))
+
+# %% ../../nbs/2_diffusion/23_sampling.ipynb #e2ec46c4
+def _check_start(x_T: Tensor, noise: SeededNoise | None) -> None:
+    "LDMError where the start is no batch of finite numbers, or where samples and seeds differ in number."
+    check_tensor("x_T", x_T, ("b", "..."))
+    if not all(map(isfinite, known_range(x_T) or ())):
+        raise LDMError("x_T holds numbers that are not finite, but should be standard normal noise")
+    if noise is not None and len(noise) != len(x_T):
+        raise LDMError(f"noise has {len(noise)} seeds for {len(x_T)} samples: one for each is needed")
 
 
-def _draw(noise: SeededNoise | None, x: Tensor) -> Tensor:
-    "Fresh noise with the shape, dtype and device of `x`, from `noise` or else from torch's global generator."
-    if noise is None:
-        return torch.randn_like(x)
-    z = noise.noise(x.shape[1:])
-    if z.shape != x.shape:
-        raise LDMError(f"noise has {len(z)} seeds for {len(x)} samples: one for each is needed")
-    return z.to(x.dtype).to(x.device)
+def _add_noise(x: Tensor, std: float, noise: SeededNoise | None) -> Tensor:
+    "`x` with fresh noise of a standard deviation, from `noise` or else from torch's global generator."
+    if std <= 0:
+        return x
+    z = torch.randn_like(x) if noise is None else noise.noise(x.shape[1:]).to(x.dtype).to(x.device)
+    return x + std * z
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #7aac8520
 def ddpm(
@@ -114,16 +139,13 @@ def ddpm(
     noise: SeededNoise | None = None,  # source of fresh noise; torch's global generator where not given
 ) -> Iterator[Step]:
     "Ancestral sampling of DDPM (eq. 10 to 12; Ho et al. 2020, algorithm 2)."
-    x = x_T
-    levels = timesteps(schedule, schedule.T if steps is None else steps)
-    for t, s in zip(levels, [*levels[1:], -1]):
-        with torch.no_grad():
-            x0, _ = _ask(denoise, schedule, x, t, cond)
-            a, b, std = posterior(schedule, t, s)
-            x = a * x + b * x0
-            if std > 0:
-                x = x + std * _draw(noise, x)
-        yield Step(t, x, x0)
+    _check_start(x_T, noise)
+
+    def move(x: Tensor, x0: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
+        a, b, std = posterior(schedule, t, s)
+        return _add_noise(a * x + b * x0, std, noise)
+
+    return _walk(move, denoise, x_T, schedule, timesteps(schedule, schedule.T if steps is None else steps), cond)
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #bb348de1
 def ddim(
@@ -137,19 +159,15 @@ def ddim(
     noise: SeededNoise | None = None,  # source of fresh noise; torch's global generator where not given
 ) -> Iterator[Step]:
     "Denoising diffusion implicit model (Song et al. 2021, eq. 12 and 16)."
-    if not 0 <= eta <= 1:
-        raise LDMError(f"eta={eta} must lie between 0 (deterministic) and 1 (as much fresh noise as DDPM)")
-    x = x_T
-    levels = timesteps(schedule, steps)
-    for t, s in zip(levels, [*levels[1:], -1]):
-        with torch.no_grad():
-            x0, eps = _ask(denoise, schedule, x, t, cond)
-            alpha_s, sigma_s = amplitudes(schedule, s)
-            std = eta * posterior(schedule, t, s)[2]
-            x = alpha_s * x0 + max(sigma_s**2 - std**2, 0.0) ** 0.5 * eps
-            if std > 0:
-                x = x + std * _draw(noise, x)
-        yield Step(t, x, x0)
+    check_number("eta", eta, 0, 1)
+    _check_start(x_T, noise)
+
+    def move(x: Tensor, x0: Tensor, eps: Tensor, t: int, s: int) -> Tensor:
+        alpha_s, sigma_s = amplitudes(schedule, s)
+        std = eta * posterior(schedule, t, s)[2]
+        return _add_noise(alpha_s * x0 + max(sigma_s**2 - std**2, 0.0) ** 0.5 * eps, std, noise)
+
+    return _walk(move, denoise, x_T, schedule, timesteps(schedule, steps), cond)
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #9d8a5dcf
 SAMPLERS: dict[str, Callable[..., Iterator[Step]]] = {"ddim": ddim, "ddpm": ddpm}

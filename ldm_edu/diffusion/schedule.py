@@ -16,6 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..checks import check_count, check_like, check_number, check_tensor, known_range
 from ..errors import LDMError
 
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #0cd02945
@@ -25,7 +26,7 @@ def scaled_linear(
     beta_end: float,  # variance of the noise that the last step adds
 ) -> Float[Tensor, "T"]:
     'Betas whose *square roots* are evenly spaced; the paper\'s tables and the released code call this "linear".'
-    return torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64) ** 2
+    return torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64, device="cpu") ** 2
 
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #16ffc2f6
 # the schedules that `NoiseLevels.kind` can name
@@ -34,7 +35,7 @@ SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {"scaled_linear": 
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #cfd99531
 def _known(name: str, value: str, known: Collection[str]) -> None:
     "Raise an LDMError that lists the known values where `value` is not one of them."
-    if value not in known:
+    if not isinstance(value, str) or value not in known:
         raise LDMError(f"{name}={value!r} is not known; it can be {', '.join(map(repr, known))}")
 
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #2aee9180
@@ -49,8 +50,9 @@ class NoiseLevels:
 
     def __post_init__(self):
         _known("kind", self.kind, SCHEDULES)
-        if not isinstance(self.T, int) or self.T < 1:
-            raise LDMError(f"T={self.T} must be at least 1, and a whole number")
+        check_count("T", self.T, 1, 1_000_000)
+        check_number("beta_start", self.beta_start)
+        check_number("beta_end", self.beta_end)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise LDMError(f"beta_start={self.beta_start} and beta_end={self.beta_end}: needed is 0 < start <= end < 1")
 
@@ -104,9 +106,12 @@ def per_sample(
     x: Float[Tensor, "b *shape"],  # what will be multiplied
 ) -> Float[Tensor, "b *ones"]:
     "`values[t]` with axes of length 1 appended, ready to multiply `x`; LDMError for a level that does not exist."
-    if t.device.type == "cpu" and len(t) and not 0 <= t.min() <= t.max() < len(values):
-        raise LDMError(f"t must lie in [0, {len(values)}), but runs from {t.min().item()} to {t.max().item()}")
-    return _cast(values, x).index_select(0, t.to(x.device)).reshape(-1, *[1] * (x.ndim - 1))
+    if t.shape != x.shape[:1] or t.is_floating_point():
+        raise LDMError(f"t is {t.dtype} {tuple(t.shape)}, but should be whole numbers ({len(x)},): one for each sample")
+    least, most = known_range(t) or (0, 0)
+    if not 0 <= least <= most < len(values):
+        raise LDMError(f"t must lie in [0, {len(values)}), but runs from {least} to {most}")
+    return _cast(values, x).index_select(0, t.to(x.device, torch.long)).reshape(-1, *[1] * (x.ndim - 1))
 
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #a6b84dc4
 PREDICTIONS = ("epsilon",)  # the values that `NoiseSchedule.prediction` can have
@@ -121,6 +126,8 @@ class NoiseSchedule(NoiseLevels):
     def __post_init__(self):
         super().__post_init__()
         _known("prediction", self.prediction, PREDICTIONS)
+        if self.alpha[-1] < 1e-30:
+            raise LDMError(f"T={self.T} steps with beta_end={self.beta_end} leave no signal: x0 cannot be computed")
 
     @property
     def config(self) -> dict:
@@ -134,6 +141,7 @@ class NoiseSchedule(NoiseLevels):
         noise: Float[Tensor, "b *shape"],  # standard normal
     ) -> Float[Tensor, "b *shape"]:
         "The samples at level t, in one go: alpha_t x0 + sigma_t noise (eq. 4)."
+        check_like("noise", noise, "x0", check_tensor("x0", x0, ("b", "...")))
         return per_sample(self.alpha, t, x0) * x0 + per_sample(self.sigma, t, x0) * noise
 
     def target(
@@ -152,6 +160,7 @@ class NoiseSchedule(NoiseLevels):
         t: Int[Tensor, "b"],
     ) -> tuple[Float[Tensor, "b *shape"], Float[Tensor, "b *shape"]]:
         "The clean samples and the noise that follow from a prediction (eq. 14)."
+        check_like("prediction", prediction, "x_t", x_t)  # else it might be broadcast
         x0 = (x_t - per_sample(self.sigma, t, x_t) * prediction) / per_sample(self.alpha, t, x_t)
         return x0, prediction
 
@@ -166,4 +175,6 @@ def diffusion_loss(
 ) -> Float[Tensor, ""]:
     "Mean squared error of the prediction, over all samples and elements (eq. 1, 2 and 3)."
     x_t = schedule.q_sample(x0, t, noise)
-    return (schedule.target(x0, noise, t) - denoise(x_t, t, cond)).square().mean()
+    target = schedule.target(x0, noise, t)
+    prediction = check_like("the prediction of denoise", denoise(x_t, t, cond), "its target", target)
+    return (target - prediction).square().mean()

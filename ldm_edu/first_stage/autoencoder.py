@@ -17,6 +17,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..checkpoints import Part
+from ..checks import check_counts, check_images, check_levels, check_like, check_number, check_tensor
+from ..checks import like_weights
 from ..errors import LDMError
 from ..layers import Upsample, fused_attention, group_norm
 
@@ -79,9 +81,8 @@ class Middle(nn.Module):
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #fc788e01
 def local_levels(multipliers: Sequence[int], attention_factors: Sequence[int]) -> int:
     "How many levels stand before the first with attention (all, if none has it); `LDMError` for an unknown factor."
+    check_levels("multipliers", multipliers)
     factors = [2**i for i in range(len(multipliers))]
-    if not factors:
-        raise LDMError("multipliers: at least one level is needed, such as multipliers=(1, 2, 4)")
     if unknown := [factor for factor in attention_factors if factor not in factors]:
         raise LDMError(f"attention_factors: there is no level of factor {unknown[0]}; the levels have {factors}")
     return factors.index(min(attention_factors)) if attention_factors else len(factors)
@@ -126,6 +127,8 @@ class Encoder(nn.Module):
         groups: int = 32,  # groups of every GroupNorm
     ):
         super().__init__()
+        check_counts(channels=channels, groups=groups)
+        check_counts(most=64, blocks=blocks)
         self.local = local_levels(multipliers, attention_factors)
         widths = [channels * m for m in (1, *multipliers)]
         last = len(multipliers) - 1
@@ -169,6 +172,8 @@ class Decoder(nn.Module):
         groups: int = 32,  # groups of every GroupNorm
     ):
         super().__init__()
+        check_counts(channels=channels, groups=groups)
+        check_counts(most=64, blocks=blocks)
         self.local = local_levels(multipliers, attention_factors)
         widths = [channels * m for m in (*multipliers, multipliers[-1])]
         self.conv_in = nn.Conv2d(c_in, widths[-1], 3, padding=1)
@@ -214,7 +219,9 @@ class DiagonalGaussian:
         noise: Float[Tensor, "b c h w"] | None = None,  # standard normal; drawn here where it is not given
     ) -> Float[Tensor, "b c h w"]:
         "μ + σ ε: a draw through which gradients pass."
-        return self.mean + self.std * (torch.randn_like(self.mean) if noise is None else noise)
+        if noise is None:
+            noise = torch.randn_like(self.mean)
+        return self.mean + self.std * check_like("noise", noise, "the latent", self.mean)
 
     def kl(self) -> Float[Tensor, " b"]:
         "KL divergence from N(0, I) in nats, summed over all latent numbers of an image (named in app. G)."
@@ -252,10 +259,10 @@ class Halves(Part, nn.Module):
         "Decoding, second half: the image, made without attention."
         return self.decoder.decode_local(h)
 
-    def check_size(self, x: Float[Tensor, "b 3 h w"]) -> None:
-        "`LDMError` where height or width is no multiple of f."
-        height, width = x.shape[-2:]
-        if height % self.f or width % self.f:
+    def check_input(self, x: Float[Tensor, "b 3 h w"]) -> None:
+        "`LDMError` where `x` is no batch of images in [−1, 1], or where height or width is no multiple of f."
+        height, width = check_images("x", x).shape[-2:]
+        if height % self.f or width % self.f or not height or not width:
             raise LDMError(f"x: {height}×{width} pixels, but height and width must be multiples of f = {self.f}")
 
     @property
@@ -273,9 +280,9 @@ class FirstStage(Halves):
     provenance: dict[str, Any] | None = None  # recipe, steps, seconds, device, scores
 
     def posterior(self, x: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:
-        "The distribution of the latent, not rescaled; `LDMError` where height or width is no multiple of f."
-        self.check_size(x)
-        return self.encode_global(self.encode_local(x))
+        "The distribution of the latent, not rescaled, in the number format of the weights; see `check_input`."
+        self.check_input(x)
+        return self.encode_global(self.encode_local(like_weights("x", x, self)))
 
     def latent(
         self,
@@ -290,12 +297,13 @@ class FirstStage(Halves):
         x: Float[Tensor, "b 3 h w"],  # images in [−1, 1]
         noise: Float[Tensor, "b c h2 w2"] | None = None,  # standard normal: a draw; None: the mean
     ) -> Float[Tensor, "b c h2 w2"]:
-        "The latent for the diffusion model, (b, c, h/f, w/f), rescaled by `scale_factor` (app. G)."
-        return self.latent(self.posterior(x), noise)
+        "The latent (b, c, h/f, w/f) for the diffusion model, rescaled (app. G), in the number format of x."
+        return self.latent(self.posterior(x), noise).to(x.dtype)
 
     def decode(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
-        "The image of a rescaled latent; not clamped to [−1, 1]."
-        return self.decode_local(self.decode_global(z))
+        "The image of a rescaled latent, in its number format; not clamped to [−1, 1]."
+        check_tensor("z", z, ("b", self.latent_channels, "h", "w"))
+        return self.decode_local(self.decode_global(like_weights("z", z, self))).to(z.dtype)
 
     def reconstruct(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         "The image decoded from the mean of its latent, clamped to [−1, 1]."
@@ -318,14 +326,15 @@ class AutoencoderKL(FirstStage):
         provenance: dict[str, Any] | None = None,  # recipe, steps, seconds, device, scores
     ):
         super().__init__()
-        shape = (channels, tuple(multipliers), blocks, attention, tuple(attention_factors), groups)
+        check_counts(latent_channels=latent_channels)
+        shape = (channels, multipliers, blocks, attention, attention_factors, groups)
         self.encoder = Encoder(2 * latent_channels, *shape)
         self.decoder = Decoder(latent_channels, *shape)
         self.quant_conv = nn.Conv2d(2 * latent_channels, 2 * latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(latent_channels, latent_channels, 1)
         self.latent_channels = latent_channels
         self.f = 2 ** (len(multipliers) - 1)
-        self.scale_factor = scale_factor
+        self.scale_factor = check_number("scale_factor", scale_factor, 1e-6, 1e6)
         self.provenance = provenance
 
     def encode_global(self, h: Float[Tensor, "b d h3 w3"]) -> DiagonalGaussian:
@@ -353,5 +362,5 @@ def estimate_scale(
     chunk: int = 64,  # images encoded at a time
 ) -> float:
     "1 / σ̂, the factor that gives drawn latents unit standard deviation, over all numbers of all latents (app. G)."
-    z = torch.cat([first_stage.posterior(x).sample() for x in images.split(chunk)])
-    return 1 / z.std(correction=0).item()
+    z = torch.cat([first_stage.posterior(x).sample().float() for x in images.split(chunk)])
+    return check_number("1 / σ̂", 1 / max(z.std(correction=0).item(), 1e-30), 1e-6, 1e6)

@@ -14,8 +14,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..checkpoints import CLASS, find_checkpoint
+from ..checks import check_counts, check_number, check_tensor, like_weights
 from ..files import load_json
-from ..errors import LDMError
 from .autoencoder import AutoencoderKL, Decoder, DiagonalGaussian, Encoder, FirstStage, Quantized
 
 # %% ../../nbs/1_first_stage/15_quantization.ipynb #da1d41e8
@@ -24,8 +24,11 @@ def nearest(
     entries: Float[Tensor, "num_codes c"],  # the codebook
     rows: int = 4096,  # vectors looked at together; each needs a distance to every entry
 ) -> Int[Tensor, " n"]:
-    "The index of the nearest entry, by Euclidean distance."
-    return torch.cat([torch.cdist(part, entries).argmin(1) for part in z.split(rows)])
+    "The index of the nearest entry, by Euclidean distance, in float32 or better."
+    dtype = torch.promote_types(z.dtype, torch.float32)
+    # not by |z|² - 2 z·e + |e|², as a matrix product would: far from zero, small differences of large numbers are noise
+    entries, mode = entries.to(dtype), "donot_use_mm_for_euclid_dist"
+    return torch.cat([torch.cdist(part.to(dtype), entries, compute_mode=mode).argmin(1) for part in z.split(rows)])
 
 # %% ../../nbs/1_first_stage/15_quantization.ipynb #6432cc57
 class VectorQuantizer(nn.Module):
@@ -39,9 +42,8 @@ class VectorQuantizer(nn.Module):
         legacy: bool = False,  # β on the codebook loss instead, as in the released code
     ):
         super().__init__()
-        if num_codes < 1:
-            raise LDMError(f"num_codes={num_codes}: a codebook needs at least one entry")
-        self.commitment = commitment
+        check_counts(num_codes=num_codes, channels=channels)
+        self.commitment = check_number("commitment", commitment, 0)
         self.legacy = legacy
         self.embedding = nn.Embedding(num_codes, channels)
         nn.init.uniform_(self.embedding.weight, -1 / num_codes, 1 / num_codes)
@@ -52,8 +54,7 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Float[Tensor, "b c h w"]) -> Quantized:
         "The nearest entries, the codebook loss with the commitment loss, and the indices, in the codebook's precision."
-        # in bfloat16 the distances are too coarse: the wrong entry would often look nearest
-        z = z.to(self.embedding.weight.dtype)
+        z = like_weights("z", check_tensor("z", z, ("b", self.embedding.embedding_dim, "h", "w")), self)
         b, c, h, w = z.shape
         with torch.no_grad():
             indices = nearest(z.permute(0, 2, 3, 1).reshape(-1, c), self.embedding.weight).view(b, h, w)
@@ -128,7 +129,7 @@ class AutoencoderVQ(PointFirstStage):
         provenance: dict[str, Any] | None = None,  # recipe, steps, seconds, device, scores
     ):
         super().__init__()
-        shape = (channels, tuple(multipliers), blocks, attention, tuple(attention_factors), groups)
+        shape = (channels, multipliers, blocks, attention, attention_factors, groups)
         self.encoder = Encoder(latent_channels, *shape)
         self.decoder = Decoder(latent_channels, *shape)
         self.quantize = VectorQuantizer(num_codes, latent_channels, commitment, legacy)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..checks import check_counts, check_tensor
 from ..errors import LDMError
 from .autoencoder import FirstStage
 
@@ -135,6 +136,7 @@ def _cells(
 ) -> tuple[int, int]:
     "Tile and overlap in cells; LDMError where one is no whole number of cells or the overlap is too large."
     f = first_stage.f
+    check_counts(0, or_none=True, tile=tile, overlap=overlap)
     overlap = min(16 * f, tile // 2 // f * f) if overlap is None else overlap
     for name, pixels, least in (("tile", tile, 1), ("overlap", overlap, 0)):
         if pixels % f or pixels < least:
@@ -164,8 +166,8 @@ def _thumbnail_norms(
 
 # %% ../../nbs/workshop/tiling.ipynb #226f53d4
 def _to_model(first_stage: FirstStage, x: Tensor) -> Tensor:
-    "`x` on the device of the weights."
-    return x.to(next(first_stage.parameters(), x).device)
+    "`x` on the device of the weights, in their number format."
+    return x.to(next(first_stage.parameters(), x))
 
 # %% ../../nbs/workshop/tiling.ipynb #31493ad0
 @torch.no_grad()
@@ -178,7 +180,7 @@ def encode_tiled(
     norms: str = "thumbnail",  # GroupNorm's statistics are those of the whole, shrunk to a tile, or of each "tile"
 ) -> Float[Tensor, "b c h2 w2"]:
     "As `first_stage.encode(x, noise)`, with all large arrays in tiles; bit for bit the same if one tile is enough."
-    first_stage.check_size(x)
+    first_stage.check_input(x)
     f = first_stage.f
     tile_cells, overlap_cells = _cells(first_stage, tile, overlap)
     cells = (x.shape[-2] // f, x.shape[-1] // f)
@@ -204,6 +206,7 @@ def decode_tiled(
     norms: str = "thumbnail",  # GroupNorm's statistics are those of the whole, shrunk to a tile, or of each "tile"
 ) -> Float[Tensor, "b 3 h w"]:
     "As `first_stage.decode(z)`, with all large arrays in tiles; bit for bit the same if one tile is enough."
+    check_tensor("z", z, ("b", first_stage.latent_channels, "h", "w"))
     tile_cells, overlap_cells = _cells(first_stage, tile, overlap)
     h = first_stage.decode_global(_to_model(first_stage, z))
     scale = h.shape[-1] // z.shape[-1]  # 1, but for levels with attention, which `decode_global` has whole

@@ -260,9 +260,9 @@ def test_own_statistics_change_nothing(seed):
     [
         (dict(tile=30), "tile: 30 pixels.*multiple of f = 4"),
         (dict(tile=0), "tile: 0 pixels.*at least 4"),
-        (dict(tile=-4), "tile: -4 pixels"),
+        (dict(tile=-4), "tile=-4 should be"),
         (dict(tile=32, overlap=6), "overlap: 6 pixels.*multiple of f = 4"),
-        (dict(tile=32, overlap=-4), "overlap: -4 pixels.*at least 0"),
+        (dict(tile=32, overlap=-4), "overlap=-4 should be.*at least 0"),
         (dict(tile=32, overlap=32), "overlap: 32 pixels.*less than tile"),
         (dict(norms="whole"), "norms: 'whole'.*'thumbnail', 'tile'"),
     ],

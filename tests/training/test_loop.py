@@ -301,7 +301,7 @@ class Waits(TorchDispatchMode):
         if self.watching is not threading.current_thread():
             return
         place = next((f.name for f in traceback.extract_stack()[::-1] if "/ldm_edu/" in f.filename), "elsewhere")
-        if place != "per_sample":  # it looks whether t is in range where t is on the CPU, and only there
+        if place != "known_range":  # it looks at what lies on the CPU, and only there
             self.places[self.step, place] += 1
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
