@@ -166,7 +166,7 @@ class Sampling(Denoising):
         check: bool = False,  # refuse a UNet whose predictions ignore the condition? See `Guidance`
         **options: Any,  # further arguments of the sampler, such as eta=1.0
     ) -> Float[Tensor, "b 3 h w"]:
-        "Images in [−1, 1], on the device and in the number format of the UNet. `LDMError` where an argument makes no sense."
+        "Images in [−1, 1], on the UNet's device, in its number format. `LDMError` where an argument makes no sense."
         _check_words(options, sampler)
         check_count("steps", steps, 1, self.schedule.T)
         check_number("scale", scale)

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ldm_edu.checks import check_counts
 from ldm_edu.errors import LDMError
 
 __all__ = ["Upsample", "fused_attention", "group_norm"]
@@ -15,6 +16,7 @@ def group_norm(
     eps: float = 1e-5,  # 1e-5 in the UNet's blocks, 1e-6 in the first stage and in transformers over maps
 ) -> nn.GroupNorm:
     "GroupNorm as in the released code; `LDMError` where `groups` does not divide `channels`."
+    check_counts(channels=channels, groups=groups)
     if channels % groups:
         raise LDMError(f"channels={channels} cannot be split into groups={groups}: choose a multiple of {groups}")
     return nn.GroupNorm(groups, channels, eps=eps)

@@ -12,7 +12,7 @@ LEVELS = {
     "errors": 0,
     "files": 1,
     "checks": 1,
-    "layers": 1,
+    "layers": 2,
     "checkpoints": 2,
     "basics": 3,
     "settings": 4,

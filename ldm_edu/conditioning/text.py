@@ -8,6 +8,7 @@ __all__ = ['split_words', 'WordTokenizer', 'frequent_words', 'TextLayer', 'TextT
 # %% ../../nbs/4_conditioning/41_text.ipynb #29f5b3b9
 import difflib
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .condition import Condition, Conditioner, read_key
+from ..checks import check_count, check_counts
 from ..denoiser.attention import CrossAttention
 from ..errors import LDMError
 
@@ -35,6 +37,15 @@ def suggest(unknown: Sequence[str], known: Sequence[str], n: int = 8) -> list[st
     return sorted(known, key=likeness, reverse=True)[:n]
 
 # %% ../../nbs/4_conditioning/41_text.ipynb #bd59bc89
+def check_prompt(prompt: str) -> None:
+    "LDMError where a prompt says something that has no words: symbols that would be left out, or punctuation alone."
+    odd = [c for c in prompt if unicodedata.category(c)[0] in "SC" and not c.isascii() and not c.isspace()]
+    if odd:
+        raise LDMError(f"the prompt {prompt!r} has symbols that are no words, such as {odd[0]!r}: leave them out")
+    if prompt.strip() and not split_words(prompt):
+        raise LDMError(f"the prompt {prompt!r} has no words; the prompt that says nothing is ''")
+
+
 def check_words(words: Sequence[str], known: Sequence[str], length: int) -> None:
     "LDMError where words are not among the known ones, or more than `length`."
     if unknown := [word for word in dict.fromkeys(words) if word not in known]:
@@ -56,8 +67,10 @@ class WordTokenizer:
         length: int = 32,  # tokens a prompt
         strict: bool = True,  # refuse unknown words and long prompts? Else unknown words share one id, the last
     ):
+        if odd := [word for word in vocabulary if not isinstance(word, str)]:
+            raise LDMError(f"vocabulary should be a list of words, but {odd[0]!r} is none")
         self.words = ["", *vocabulary, *([] if strict else [_UNKNOWN])]
-        self.length = length
+        self.length = check_count("length", length)
         self.strict = strict
         self.ids = {word: i for i, word in enumerate(self.words)}
         if bad := [word for word in vocabulary if split_words(word) != [word]]:
@@ -71,15 +84,18 @@ class WordTokenizer:
 
     def encode(self, prompt: str) -> list[int]:
         "The `length` ids of one prompt; LDMError for words outside the vocabulary, or too many words, if `strict`."
+        if not isinstance(prompt, str):
+            raise LDMError(f"a prompt should be a text, not {prompt!r}")
         words = split_words(prompt)
         if self.strict:
+            check_prompt(prompt)
             check_words(words, self.words[1:], self.length)
         ids = [self.ids.get(word, len(self.words) - 1) for word in words[: self.length]]
         return ids + [0] * (self.length - len(ids))
 
     def __call__(self, prompts: Sequence[str]) -> Int[Tensor, "b {self.length}"]:
         "The ids of a list of prompts, one row each."
-        if isinstance(prompts, str):
+        if isinstance(prompts, str | bytes):
             raise LDMError(f"prompts are a list of strings: [{prompts!r}] rather than {prompts!r}")
         return torch.tensor([self.encode(prompt) for prompt in prompts], dtype=torch.long).view(-1, self.length)
 
@@ -127,6 +143,8 @@ class TextTransformer(nn.Module):
         heads: int = 4,  # must divide dim
     ):
         super().__init__()
+        check_counts(vocab_size=vocab_size, length=length, dim=dim, heads=heads)
+        check_counts(0, 256, depth=depth)
         if dim % heads:
             raise LDMError(f"heads={heads} does not divide dim={dim}")
         self.tokens = nn.Embedding(vocab_size, dim)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..checks import check_counts
 from ..errors import LDMError
 from ..layers import fused_attention, group_norm
 
@@ -80,6 +81,8 @@ class CrossAttention(nn.Module):
         head_channels: int = 64,  # d, the channels of one head
     ):
         super().__init__()
+        check_counts(query_dim=query_dim, heads=heads, head_channels=head_channels)
+        check_counts(or_none=True, context_dim=context_dim)
         self.context_dim = context_dim
         self.heads = heads
         inner = heads * head_channels
@@ -206,6 +209,7 @@ class AttentionBlock(nn.Module):
         heads: int = 1,
     ):
         super().__init__()
+        check_counts(channels=channels, heads=heads)
         if channels % heads:
             raise LDMError(f"channels={channels} is not divisible by heads={heads}")
         self.heads = heads

@@ -33,7 +33,8 @@ def psnr(
 ) -> Float[Tensor, "b"]:  # dB, higher is better; inf where x and y are identical
     "Peak signal-to-noise ratio of every image of a batch. Nothing is clamped or rounded: do so before, if need be."
     _check_pair("psnr", x, y)
-    mse = (x.float() - y.float()).square().flatten(1).mean(1)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    mse = (x.to(dtype) - y.to(dtype)).square().flatten(1).mean(1)
     return 10 * torch.log10(2**2 / mse)
 
 # %% ../../nbs/1_first_stage/13_metrics.ipynb #09cbdd17
@@ -42,7 +43,7 @@ def gaussian_window(
     sigma: float = 1.5,  # standard deviation, in pixels
 ) -> Float[Tensor, "size"]:
     "A bell of weights that sum to one."
-    place = torch.arange(size) - (size - 1) / 2
+    place = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     bell = torch.exp(-(place**2) / (2 * sigma**2))
     return bell / bell.sum()
 
@@ -53,6 +54,7 @@ def local_mean(
 ) -> Float[Tensor, "b c h w"]:
     "The weighted mean around every pixel; beyond the border the image is continued as in a mirror."
     planes = F.pad(images, [len(window) // 2] * 4, mode="reflect").flatten(0, 1)[:, None]  # (b c, 1, h', w')
+    window = window.to(planes)
     rows = F.conv2d(planes, window.view(1, 1, 1, -1))
     return F.conv2d(rows, window.view(1, 1, -1, 1)).view(images.shape)
 
@@ -71,12 +73,13 @@ def ssim_map(
 ) -> Float[Tensor, "b c h w"]:
     "Structural similarity around every pixel of every channel (Wang et al. 2004)."
     check_images("ssim", x, y, 6)
-    window, c1, c2 = gaussian_window().to(x.device), 0.01**2, 0.03**2
-    x, y = x.float() / 2, y.float() / 2  # the range is 1, and middle grey is 0: see the text
-    mx, my, xx, yy, xy = (local_mean(v, window) for v in (x, y, x * x, y * y, x * y))
-    vx, vy, covariance = xx - mx * mx, yy - my * my, xy - mx * my
-    mx, my = mx + 0.5, my + 0.5  # black is 0
-    return (2 * mx * my + c1) * (2 * covariance + c2) / ((mx * mx + my * my + c1) * (vx + vy + c2))
+    window, c1, c2 = gaussian_window(), 0.01**2, 0.03**2
+    device = "cpu" if x.device.type == "mps" else x.device
+    a, b = (side.to(device).double() / 2 + 0.5 for side in (x, y))  # black is 0, white is 1
+    ma, mb, aa, bb, ab = (local_mean(v, window) for v in (a, b, a * a, b * b, a * b))
+    va, vb, covariance = aa - ma * ma, bb - mb * mb, ab - ma * mb
+    scores = (2 * ma * mb + c1) * (2 * covariance + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
+    return scores.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
 
 # %% ../../nbs/1_first_stage/13_metrics.ipynb #b62061b6
 def ssim(

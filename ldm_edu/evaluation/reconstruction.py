@@ -1,5 +1,6 @@
 """How well a first stage reconstructs images."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -26,10 +27,18 @@ class Mean:
 
     @classmethod
     def of(cls, values: Float[Tensor, "n"], digits: int = 2) -> "Mean":
-        "The mean of `values`, and the standard error from their standard deviation."
-        return cls(values.mean().item(), values.std().item() / len(values) ** 0.5, digits)
+        """The mean of `values`, and the standard error from their standard deviation.
+
+        Values may be infinite, as the PSNR of two equal images is; then there is no error. LDMError for NaN.
+        """
+        if len(values) < 2 or values.isnan().any():
+            raise LDMError(f"values should be at least 2 numbers, not {values.tolist()[:5]}")
+        error = values.std().item() / len(values) ** 0.5 if values.isfinite().all() else 0.0
+        return cls(values.mean().item(), error, digits)
 
     def __str__(self) -> str:
+        if math.isinf(self.value):
+            return f"{self.value}"
         return f"{self.value:.{self.digits}f} ± {self.error:.{self.digits}f}"
 
 

@@ -24,14 +24,14 @@ from ..evaluation.judge import SceneReader, Share, augment, reader_accuracy, rea
 from ..first_stage.autoencoder import FirstStage
 from ..first_stage.quantization import load_first_stage
 from .data import cached_dataset, data_checksum
-from .loop import Stage, batch_indices, to_device
+from .loop import Stage, batch_indices, sample_streams, to_device
 from .recipes import FeaturesRecipe, ReaderRecipe
 from .run import Run
 
 # %% ../../nbs/workshop/judge_training.ipynb #b7c791d6
 def reader_randomness(seed: int, step: int, indices: Sequence[int], latent: Sequence[int]) -> dict[str, Tensor]:
     "What is random about a step of the judge: `u` (b, 5) uniform, `noise` (b, 3, 64, 64), `latent_noise` (b, c, h, w)."
-    streams = [np.random.default_rng([seed, step, index]) for index in indices]
+    streams = sample_streams(seed, step, indices)
 
     def normal(shape: Sequence[int]) -> Tensor:
         return torch.from_numpy(np.stack([rng.standard_normal(tuple(shape), dtype=np.float32) for rng in streams]))

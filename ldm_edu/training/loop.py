@@ -10,6 +10,7 @@ __all__ = ['batch_indices', 'step_randomness', 'learning_rate', 'EMA', 'micro_ba
 import copy
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -41,6 +42,17 @@ def batch_indices(
     first = step * batch_size
     return [_permutation(seed, i // n, n)[i % n] for i in range(first, first + batch_size)]
 
+# %% ../../nbs/5_latent_diffusion/53_training.ipynb #325070c6
+def sample_streams(seed: int, step: int, indices: Sequence[int]) -> list[np.random.Generator]:
+    "A generator for each sample of a step; a sample that is there twice, at the end of an epoch, has two."
+    seen: Counter[int] = Counter()
+    streams = []
+    for index in indices:
+        again = [seen[index]] if seen[index] else []
+        streams.append(np.random.default_rng([seed, step, index, *again]))
+        seen[index] += 1
+    return streams
+
 # %% ../../nbs/5_latent_diffusion/53_training.ipynb #ea59020e
 def step_randomness(
     seed: int,
@@ -50,7 +62,7 @@ def step_randomness(
     T: int = 1000,  # noise levels
 ) -> dict[str, Tensor]:
     "What is random about a step: `t`, uniform `u` and `phrase` (b,), normal `noise` and `latent_noise` (b, c, h, w)."
-    streams = [np.random.default_rng([seed, step, index]) for index in indices]
+    streams = sample_streams(seed, step, indices)
 
     def uniform() -> Tensor:
         return torch.tensor([rng.random() for rng in streams], dtype=torch.float32)
