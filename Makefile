@@ -23,7 +23,7 @@ PAGES := $(sort $(shell find nbs -name '*.ipynb' -not -path '*/.*' -not -path 'n
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-real lint lab notebooks export clean
+.PHONY: help demo test test-real fuzz lint lab notebooks export clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,6 +40,13 @@ test-real: $(VENV)/.dev  ## run all notebooks on the real CelebA and COCO subset
 	set -e; data=$$(cd "$(REAL_DATA)" && pwd); for dataset in celeba coco; do \
 		LDM_EDU_DATASET=$$dataset LDM_EDU_DATA_DIR="$$data" \
 			$(BIN)/python -m pytest nbs -n $(JOBS) --dist loadfile --no-compare; done
+
+# How many tries of each kind `make fuzz` makes.
+EXAMPLES ?= 1000
+
+fuzz: $(VENV)/.dev  ## try the public functions, files and commands with arguments of all kinds, for an hour or so
+	LDM_EDU_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -c tests/fuzz/pytest.ini --rootdir tests/fuzz \
+		tests/fuzz -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## check format, lint, types and spelling, and change nothing
 	$(BIN)/ruff check

@@ -45,7 +45,10 @@ def check_number(
     above: float | int | None = None,  # the number should be larger than this, not equal to it
 ) -> float | int:
     "`value` as it is; LDMError where it is no finite number from `least` to `most`."
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    try:
+        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        is_number = False
     if not is_number or not least <= value <= most or (above is not None and value <= above):
         bounds = [f"above {above:g}"] if above is not None else [f"at least {least:g}"] * (least > -math.inf)
         bounds += [f"at most {most:g}"] * (most < math.inf)
@@ -137,7 +140,9 @@ MOST_LEVELS = 12  # of a network: at the smallest one, an image would have shrun
 def check_levels(name: str, values: Any) -> None:
     "LDMError where `values` are no whole numbers of at least 1, one for each of 1 to 12 levels."
     if not isinstance(values, Sequence) or isinstance(values, str) or not 1 <= len(values) <= MOST_LEVELS:
-        raise LDMError(f"{name}={_shown(values)} should be a list of 1 to {MOST_LEVELS} whole numbers, one for each level")
+        raise LDMError(
+            f"{name}={_shown(values)} should be a list of 1 to {MOST_LEVELS} whole numbers, one for each level"
+        )
     for value in values:
         check_count(f"each of {name}: {name}", value)
 
@@ -153,3 +158,23 @@ def like_weights(
         return value
     check_device(name, value, weight.device)
     return value.to(weight.dtype)
+
+
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)  # dtypes of whole numbers
+
+
+def check_timesteps(
+    name: str,  # of the argument
+    value: Any,
+    length: int,  # samples
+    levels: int | None = None,  # timesteps lie below this; None: any
+) -> Tensor:
+    "`value` as it is; LDMError where it is no tensor of whole numbers from 0 on, one for each sample."
+    if not isinstance(value, Tensor) or value.shape != (length,) or value.dtype not in WHOLE:
+        told = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else _shown(value)
+        raise LDMError(f"{name} should be a tensor of whole numbers ({length},), one for each sample, not {told}")
+    least, most = known_range(value) or (0, 0)
+    if least < 0 or (levels is not None and most >= levels):
+        bounds = "be at least 0" if levels is None else f"lie in [0, {levels})"
+        raise LDMError(f"{name} must {bounds}, but runs from {least} to {most}")
+    return value

@@ -57,6 +57,8 @@ class Condition:
     @staticmethod
     def cat(conditions: Sequence["Condition"]) -> "Condition":
         "Several conditions as one batch; all must fill the same slots with the same shapes."
+        if not conditions:
+            raise LDMError("conditions is empty: at least one is needed")
         first, *others = conditions
         for other in others:
             _check_alike(first, other)
@@ -69,6 +71,8 @@ class Condition:
         Contexts are joined along the tokens (they need one width d), maps along the channels, vectors along v. A map of
         one pixel stands for all.
         """
+        if not conditions:
+            raise LDMError("conditions is empty: at least one is needed")
         slots: dict[str, list[Tensor]] = {}
         for condition in conditions:
             for name, v in condition.slots().items():

@@ -41,7 +41,7 @@ class Guidance:
     ):
         self.denoise = denoise
         self.null = null
-        self.scale = check_number("scale", scale)
+        self.scale = check_number("scale", scale, -1e4, 1e4)
         self.check = check
 
     def __call__(
@@ -76,6 +76,6 @@ def drop(
 ) -> Condition:
     "The training half of classifier-free guidance: `null` where `u < p`, `cond` elsewhere."
     check_number("p", p, 0, 1)
-    if u.shape != (len(cond),):
+    if check_tensor("u", u, ("b",)).shape != (len(cond),):
         raise LDMError(f"u has the shape {tuple(u.shape)}, but should be ({len(cond)},): one number for each image")
     return cond.where(u >= p, null) if p or null.slots() else cond

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import Part
 from ..checks import check_counts, check_device, check_levels, check_number, check_tensor
-from ..checks import known_range, like_weights
+from ..checks import check_timesteps, like_weights
 from .attention import AttentionBlock, SpatialTransformer, zero_init
 from ..errors import LDMError
 from ..layers import Upsample, group_norm
@@ -258,13 +258,7 @@ def check_input(
         raise LDMError(f"x has {c} channels, but the UNet was built with in_channels={in_channels}")
     if h % factor or w % factor:
         raise LDMError(f"x is {h} × {w}, but its height and width must be divisible by {factor}")
-    if not isinstance(t, Tensor) or t.shape != (b,):
-        told = f"has shape {tuple(t.shape)}" if isinstance(t, Tensor) else f"is {t!r}"
-        raise LDMError(f"t {told}, but should be a tensor ({b},): one timestep for each x")
-    least, _ = known_range(t) or (0, 0)
-    if t.is_floating_point() or least < 0:
-        raise LDMError(f"t holds {t.dtype} from {least} on, but timesteps are whole numbers from 0 on")
-    check_device("t", t, x.device, "x")
+    check_device("t", check_timesteps("t", t, b), x.device, "x")
 
 # %% ../../nbs/3_denoiser/32_unet.ipynb #2ce32dee
 def check_numbers(**arguments: Any) -> None:

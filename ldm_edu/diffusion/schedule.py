@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..checks import check_count, check_like, check_number, check_tensor, known_range
+from ..checks import check_count, check_like, check_number, check_tensor, check_timesteps
 from ..errors import LDMError
 
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #0cd02945
@@ -106,11 +106,7 @@ def per_sample(
     x: Float[Tensor, "b *shape"],  # what will be multiplied
 ) -> Float[Tensor, "b *ones"]:
     "`values[t]` with axes of length 1 appended, ready to multiply `x`; LDMError for a level that does not exist."
-    if t.shape != x.shape[:1] or t.is_floating_point():
-        raise LDMError(f"t is {t.dtype} {tuple(t.shape)}, but should be whole numbers ({len(x)},): one for each sample")
-    least, most = known_range(t) or (0, 0)
-    if not 0 <= least <= most < len(values):
-        raise LDMError(f"t must lie in [0, {len(values)}), but runs from {least} to {most}")
+    check_timesteps("t", t, len(x), len(values))
     return _cast(values, x).index_select(0, t.to(x.device, torch.long)).reshape(-1, *[1] * (x.ndim - 1))
 
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #a6b84dc4

@@ -7,7 +7,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ldm_edu import checks
 from ldm_edu.checkpoints import Part
+from ldm_edu.checks import like_weights
 from ldm_edu.data.toy.faces import FACE_ATTRIBUTES
 from ldm_edu.data.toy.scenes import COLOURS, SHAPES, SIZES, Scene
 from ldm_edu.errors import LDMError
@@ -68,7 +70,7 @@ class ToyFeatures(Part, nn.Module):
 
     def features(self, x: Float[Tensor, "b 3 h w"]) -> list[Float[Tensor, "b _c _h _w"]]:
         "The feature maps after every level: sides of h/2, h/4, h/8, h/16, rounded up."
-        maps = []
+        x, maps = like_weights("x", checks.check_images("x", x), self), []
         for level in self.levels:
             x = level(x)
             maps.append(x)

@@ -67,19 +67,28 @@ def check_images(metric: str, x: Tensor, y: Tensor, smallest: int, channels: int
         raise LDMError(f"{metric} compares images {wanted}, not {tuple(x.shape)}")
 
 # %% ../../nbs/1_first_stage/13_metrics.ipynb #94dd29fd
-def ssim_map(
-    x: Float[Tensor, "b c h w"],  # images in [-1, 1], at least 6 pixels along each side
-    y: Float[Tensor, "..."],  # images of the same shape
-) -> Float[Tensor, "b c h w"]:
-    "Structural similarity around every pixel of every channel (Wang et al. 2004)."
+def _ssim_map(x: Tensor, y: Tensor) -> Float[Tensor, "b c h w"]:
+    "`ssim_map` in double precision."
     check_images("ssim", x, y, 6)
     window, c1, c2 = gaussian_window(), 0.01**2, 0.03**2
     device = "cpu" if x.device.type == "mps" else x.device
     a, b = (side.to(device).double() / 2 + 0.5 for side in (x, y))  # black is 0, white is 1
     ma, mb, aa, bb, ab = (local_mean(v, window) for v in (a, b, a * a, b * b, a * b))
     va, vb, covariance = aa - ma * ma, bb - mb * mb, ab - ma * mb
-    scores = (2 * ma * mb + c1) * (2 * covariance + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
-    return scores.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
+    return (2 * ma * mb + c1) * (2 * covariance + c2) / ((ma * ma + mb * mb + c1) * (va + vb + c2))
+
+
+def _as_score(values: Tensor, x: Tensor) -> Tensor:
+    "Scores on the device of the images, in float32 or the images' better format."
+    return values.to(torch.promote_types(x.dtype, torch.float32)).to(x.device)
+
+
+def ssim_map(
+    x: Float[Tensor, "b c h w"],  # images in [-1, 1], at least 6 pixels along each side
+    y: Float[Tensor, "..."],  # images of the same shape
+) -> Float[Tensor, "b c h w"]:
+    "Structural similarity around every pixel of every channel (Wang et al. 2004)."
+    return _as_score(_ssim_map(x, y), x)
 
 # %% ../../nbs/1_first_stage/13_metrics.ipynb #b62061b6
 def ssim(
@@ -87,7 +96,7 @@ def ssim(
     y: Float[Tensor, "..."],  # images of the same shape
 ) -> Float[Tensor, "b"]:  # at most 1, which identical images have; higher is better
     "Structural similarity of every image of a batch: window of 11 pixels, sigma 1.5, K1 = 0.01, K2 = 0.03."
-    return ssim_map(x, y).mean((1, 2, 3))
+    return _as_score(_ssim_map(x, y).mean((1, 2, 3)), x)
 
 # %% ../../nbs/1_first_stage/13_metrics.ipynb #b420ea44
 def unit(

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ldm_edu.basics import progress
+from ldm_edu.checks import check_counts, check_images
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.metrics import psnr, ssim
 from ldm_edu.first_stage.autoencoder import FirstStage
@@ -79,7 +80,8 @@ def score_first_stage(
     chunk: int = 64,  # images at once
 ) -> ReconstructionScores:
     "PSNR, SSIM and a perceptual distance between images and their reconstructions (as in table 8)."
-    if len(images) < 2:
+    check_counts(chunk=chunk)
+    if len(check_images("images", images)) < 2:
         raise LDMError(f"images: {len(images)} are too few for a mean with an error; give at least 2")
     values, indices = [], []
     for x in progress(images.split(chunk), "reconstructing"):

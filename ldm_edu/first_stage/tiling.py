@@ -136,7 +136,8 @@ def _cells(
 ) -> tuple[int, int]:
     "Tile and overlap in cells; LDMError where one is no whole number of cells or the overlap is too large."
     f = first_stage.f
-    check_counts(0, or_none=True, tile=tile, overlap=overlap)
+    check_counts(0, tile=tile)
+    check_counts(0, or_none=True, overlap=overlap)
     overlap = min(16 * f, tile // 2 // f * f) if overlap is None else overlap
     for name, pixels, least in (("tile", tile, 1), ("overlap", overlap, 0)):
         if pixels % f or pixels < least:
