@@ -5,7 +5,6 @@ import json
 import os
 import re
 import secrets
-import textwrap
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -46,11 +45,19 @@ def reason(error: Exception) -> str:
 
 
 def brief(error: Exception) -> str:
-    "The message of an error in one line of at most 300 characters."
-    return textwrap.shorten(str(error) or type(error).__name__, 300)
+    "The message of an error in one line of at most 300 characters, without what could steer a terminal."
+    line = " ".join((str(error) or type(error).__name__).split())
+    line = "".join(character if character.isprintable() else "?" for character in line[:301])
+    return line if len(line) <= 300 else f"{line[:297]}..."
 
 
 BROKEN_NAME = (ValueError, RuntimeError)  # a name with a zero byte; ~nobody
+
+
+def _check_name(path: str | Path, error: type[LDMError]) -> None:
+    "An error for a name that no file can have: the system refuses a zero byte with another kind of error."
+    if "\0" in str(path):
+        raise error(f"{str(path)!r} is no name that a file can have: it holds a zero byte")
 
 
 @contextmanager
@@ -60,6 +67,7 @@ def writing(
     advice: str = "",  # behind the reason
 ) -> Iterator[None]:
     "Turns what the operating system refuses inside the block into an error that names `path` and the remedy."
+    _check_name(path, error)
     try:
         yield
     except (OSError, SafetensorError) as refused:
@@ -74,14 +82,12 @@ def reading(
     advice: str = "",  # behind "is missing"
 ) -> Iterator[None]:
     "Turns what the operating system refuses inside the block into an error that names `path` and the remedy."
+    _check_name(path, error)
     try:
         yield
     except OSError as refused:
-        # safetensors reports whatever it cannot open as missing.
-        if isinstance(refused, FileNotFoundError) and not os.path.lexists(path):
-            raise error(f"{path} is missing{advice}") from refused
         if isinstance(refused, FileNotFoundError):
-            what = "is a link that leads nowhere" if os.path.islink(path) else "cannot be read: no permission"
+            what = "is a link that leads nowhere" if os.path.islink(path) else f"is missing{advice}"
             raise error(f"{path} {what}") from refused
         raise error(f"{path} cannot be read: {reason(refused)}; a {kind} should stand here") from refused
 
@@ -147,21 +153,36 @@ def atomic(
 
 
 _UNFINISHED = ".unfinished-"  # how the temporary folders of `whole_folder` begin
+_CUT_SHORT = {"unfinished": "some files here are old and some are new"}  # a config.json while the others are moved
 
 
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
-    "A temporary folder; what the block writes there takes its place in `folder` only if the block ends without an error."
-    folder = Path(folder)
+    """A temporary folder; if the block ends without an error, what it wrote there takes its place in `folder`.
+
+    The files belong together, but are moved one by one. So every config.json comes last, the topmost behind the others,
+    and until then what stands in its place is refused by `load_json`: a process that is killed leaves the old files, the
+    new ones, or a folder that is not read.
+    """
+    if not str(folder):
+        raise CheckpointError("folder is an empty text: give the folder a name")
+    try:
+        folder = Path(folder).expanduser()
+    except RuntimeError as error:  # ~nobody
+        raise CheckpointError(f"{str(folder)!r} is no name that a folder can have ({error})") from error
     with writing(folder, CheckpointError):
         folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder, prefix=f"{_UNFINISHED}{os.getpid()}-") as new:
-            yield Path(new)
-            for path in sorted(Path(new).rglob("*"), key=lambda path: (path.name == "config.json", path)):
-                if path.is_file():
-                    place = folder / path.relative_to(new)
-                    place.parent.mkdir(parents=True, exist_ok=True)
-                    os.replace(path, place)
+        with TemporaryDirectory(dir=folder, prefix=f"{_UNFINISHED}{os.getpid()}-") as made:
+            new = Path(made)
+            yield new
+            names = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
+            configs = sorted((name for name in names if name.name == "config.json"), key=lambda name: len(name.parts))
+            for name in configs:
+                if (folder / name).exists():
+                    save_json(_CUT_SHORT, folder / name)
+            for name in [name for name in names if name not in configs] + configs[::-1]:
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                os.replace(new / name, folder / name)
 
 
 # Temporary names of `atomic` and `whole_folder`, with the number of the process, and those of safetensors.
@@ -209,10 +230,12 @@ def _checksum(tensors: Mapping[str, Tensor]) -> str:
 @contextmanager
 def _reading_tensors(path: str | Path) -> Iterator[None]:
     "`CheckpointError`, with the file's name, where a safetensors file cannot be read."
+    with reading(path, kind="safetensors file"), open(path, "rb"):
+        pass  # Python says why a file cannot be opened; safetensors calls every such file missing
     try:
         with reading(path, kind="safetensors file"):
             yield
-    except SafetensorError as error:
+    except (SafetensorError, TypeError, RuntimeError) as error:  # the last two: of torch, for a shape it cannot have
         raise CheckpointError(f"{path} is not a whole safetensors file ({brief(error)}): copy it again") from error
 
 
@@ -317,6 +340,8 @@ def load_json(path: str | Path) -> dict[str, Any]:
     values = read_json(path)
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} should hold a JSON object, not a {type(values).__name__}")
+    if values == _CUT_SHORT:
+        raise CheckpointError(f"{path} is not there yet: a save was cut short, or is going on; save the model again")
     return values
 
 
