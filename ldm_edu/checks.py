@@ -58,6 +58,8 @@ def check_number(
 
 def _shown(value: Any) -> str:
     "A value for a message, at most 60 characters long."
+    if isinstance(value, int) and abs(value) >= 10**60:
+        return f"{'-' * (value < 0)}(a number of {value.bit_length()} bits)"  # Python may refuse to write it out
     text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.ndim else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
