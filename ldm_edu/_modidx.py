@@ -640,6 +640,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      'ldm_edu/latent_diffusion.py'),
                                           'ldm_edu.latent_diffusion._check_words': ( '5_latent_diffusion/latent_diffusion.html#_check_words',
                                                                                      'ldm_edu/latent_diffusion.py'),
+                                          'ldm_edu.latent_diffusion._entries': ( '5_latent_diffusion/latent_diffusion.html#_entries',
+                                                                                 'ldm_edu/latent_diffusion.py'),
                                           'ldm_edu.latent_diffusion._read_config': ( '5_latent_diffusion/latent_diffusion.html#_read_config',
                                                                                      'ldm_edu/latent_diffusion.py'),
                                           'ldm_edu.latent_diffusion._requests': ( '5_latent_diffusion/latent_diffusion.html#_requests',

@@ -5,6 +5,7 @@
 
 import inspect
 import itertools
+import math
 import os
 import re
 import threading
@@ -17,10 +18,13 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
 
 from ldm_edu.errors import CheckpointError, LDMError
-from ldm_edu.files import atomic, brief, load_json, load_tensors, save_json, save_tensors, writing
+from ldm_edu.files import brief, load_json, load_tensors, save_json, save_tensors, whole_folder
 
 __all__ = ["Part", "checkpoint_path", "find_checkpoint", "find_class"]
 
@@ -41,7 +45,8 @@ def checkpoint_path(name: str | Path) -> Path:
     if not isinstance(name, str | Path):
         raise CheckpointError(f"name={name!r} should be a folder or the name of a checkpoint")
     folder, shipped = os.path.expanduser(name), PRETRAINED / name
-    is_shipped = bool(str(name)) and PRETRAINED in shipped.parents and ".." not in shipped.parts and shipped.is_dir()
+    is_inside = bool(str(name)) and PRETRAINED in shipped.parents and ".." not in shipped.parts
+    is_shipped = is_inside and os.path.isdir(shipped)  # False, and no error, for a name that no file can have
     if str(name) and os.path.isdir(folder) and not (is_shipped and not os.path.exists(Path(folder, "config.json"))):
         return Path(folder)
     if is_shipped:
@@ -181,6 +186,7 @@ def find_class(
     found = {cls.__name__: cls for cls in sorted(_subclasses(base), key=_precedence)}
     if name in found:
         return found[name]
+    name = name if len(name) <= 60 else f"{name[:57]}..."
     if name in {cls.__name__ for cls in _subclasses(Part)}:
         raise CheckpointError(f"{name} is no {base.__name__}")
     known = ", ".join(sorted(cls for cls in found if not cls.startswith("_")))
@@ -203,15 +209,48 @@ def _arguments(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _class_name(base: type, config: Mapping[str, Any]) -> str:
+    "The class that a config names, `base` where it names none; CheckpointError where it is no name."
+    name = config.get(CLASS, getattr(base, "unnamed", None) or base.__name__)
+    if not isinstance(name, str):
+        raise CheckpointError(f"'{CLASS}' should be the name of a class, not {brief(ValueError(repr(name)))}")
+    return name
+
+
 def _build(base: type[C], config: Mapping[str, Any]) -> C:
     "A new object of the class that a config names, of `base` where it names none."
     arguments = dict(config)
-    cls = find_class(base, str(arguments.pop(CLASS, getattr(base, "unnamed", None) or base.__name__)))
+    cls = find_class(base, _class_name(base, config))
+    arguments.pop(CLASS, None)
     return cls(**_arguments(cls, arguments))
 
 
+def _is_of_the_package(cls: type) -> bool:
+    return cls.__module__.startswith("ldm_edu.")
+
+
+def _check_sizes(name: str, value: Any, most: int) -> None:
+    """CheckpointError where an argument of a class of the package asks for more than `most`, before anything is made.
+
+    Channels, lengths and counts cannot exceed what the weights have, and a loop over 10⁹ levels or blocks would take all
+    memory before it makes the first weight. A class of one's own may have arguments of any size.
+    """
+    if isinstance(value, dict) and CLASS in value and _is_of_the_package(find_class(Part, _class_name(Part, value))):
+        for inner, argument in value.items():
+            _check_sizes(inner, argument, most)
+    if isinstance(value, list):
+        if len(value) > most:
+            raise CheckpointError(f"`{name}` has {len(value)} entries, more than these weights can have")
+        for each in value:
+            _check_sizes(name, each, most)
+    if isinstance(value, int) and abs(value) > most:
+        raise CheckpointError(f"`{name}` is {brief(ValueError(value))[:20]}, more than these weights can have")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise CheckpointError(f"`{name}` is {value}, but should be a finite number")
+
+
 class _TooLarge(Exception):
-    "A module has more weights than the file has tensors."
+    "A module has more weights, or more modules in it, than the tensors of the file can be for."
 
 
 class _Misfit(CheckpointError):
@@ -220,18 +259,19 @@ class _Misfit(CheckpointError):
 
 @contextmanager
 def _at_most(count: int) -> Iterator[None]:
-    "Within the block, this thread makes modules with at most so many parameters; one more raises `_TooLarge`."
+    "Within the block, this thread makes at most so many parameters and modules; one more raises `_TooLarge`."
     thread, made = threading.get_ident(), itertools.count(1)
 
-    def see(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    def see(module: nn.Module, name: str, inner: nn.Module | nn.Parameter | None) -> None:
         if threading.get_ident() == thread and next(made) > count:
             raise _TooLarge
 
-    handle = register_module_parameter_registration_hook(see)
+    handles = [register_module_parameter_registration_hook(see), register_module_module_registration_hook(see)]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def check_fit(
@@ -258,7 +298,7 @@ def check_fit(
 
 
 def _on_meta(cls: type[C], arguments: Mapping[str, Any], count: int) -> C | None:
-    """The module that a config describes, without memory for its weights, of which there may be at most `count`.
+    """The module that a config describes, without memory for its weights; of these and of modules, at most `count`.
 
     None for a class of the user's own that cannot be made on the meta device.
     """
@@ -268,33 +308,45 @@ def _on_meta(cls: type[C], arguments: Mapping[str, Any], count: int) -> C | None
     except (LDMError, _TooLarge):
         raise
     except Exception:
-        if find_class(cls, str(arguments.get(CLASS, cls.__name__))).__module__.startswith("ldm_edu."):
+        if _is_of_the_package(find_class(cls, _class_name(cls, arguments))):
             raise
         return None
+
+
+def _checked_build(cls: type[C], arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C:
+    "The module that a config describes, into which tensors fit; nothing is made that is much larger than they are."
+    of_cls = find_class(cls, _class_name(cls, arguments)).__name__
+    longest = max((max(tensor.shape) for tensor in tensors.values() if tensor.numel() and tensor.ndim), default=0)
+    _check_sizes("arguments", {**arguments, CLASS: of_cls}, max(1000, len(tensors), longest))
+    try:
+        # First without memory; a module may register a weight twice, and hold some modules that have none.
+        shapes = _on_meta(cls, arguments, 10 * len(tensors) + 1000)
+    except _TooLarge:
+        raise _Misfit(f"the config asks for more weights than the {len(tensors)} that are there") from None
+    if shapes is not None:
+        check_fit(cast(nn.Module, shapes), tensors)
+    model = _build(cls, arguments)
+    check_fit(cast(nn.Module, model), tensors)
+    return model
 
 
 def _load(cls: type[C], config: Path, weights: Path) -> C:
     "The module that two files describe; building it leaves the global random stream where it was."
     arguments = load_json(config)
     tensors = load_tensors(weights)
-    name = str(arguments.get(CLASS, cls.__name__))
+    named = arguments.get(CLASS)
+    name = brief(ValueError(named))[:60] if isinstance(named, str) else cls.__name__
     try:
-        try:
-            with torch.random.fork_rng(devices=[]):
-                # First without memory: a config may ask for a network of any size beside weights of another.
-                shapes = _on_meta(cls, arguments, 2 * len(tensors) + 100)  # a module may register a weight twice
-                if shapes is not None:
-                    check_fit(cast(nn.Module, shapes), tensors)
-                model = cast(nn.Module, _build(cls, arguments))
-        except _TooLarge:
-            raise _Misfit(f"the config asks for more weights than the {len(tensors)} that are there") from None
-        check_fit(model, tensors)
+        with torch.random.fork_rng(devices=[]):
+            model = _checked_build(cls, arguments, tensors)
     except _Misfit as error:
         raise CheckpointError(f"{weights} does not fit {name}: {brief(error)}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"{config} describes no {name}: its parts are nested too deeply") from error
     except Exception as error:  # a foreign config may make the constructor raise anything
         raise CheckpointError(f"{config} describes no {name}: {brief(error)}") from error
-    model.load_state_dict(tensors)
-    return cast(C, model)
+    cast(nn.Module, model).load_state_dict(tensors)
+    return model
 
 
 class Part(nn.Module, Saved):
@@ -352,14 +404,11 @@ class Part(nn.Module, Saved):
         Raises CheckpointError, and leaves the old files as they were, where an argument cannot be written as JSON, a
         weight does not fit float16, or the disk is full.
         """
-        folder = Path(folder)
         for name, value in self.config.items():
             _check_argument(name, value)
-        with writing(folder, CheckpointError):
-            folder.mkdir(parents=True, exist_ok=True)
-            with atomic(folder / "config.json") as temporary:
-                save_json(self.description, temporary)
-                save_tensors(self.state_dict(), folder / "model.safetensors", half)
+        with whole_folder(folder) as new:
+            save_json(self.description, new / "config.json")
+            save_tensors(self.state_dict(), new / "model.safetensors", half)
 
     @classmethod
     def from_pretrained(

@@ -188,21 +188,39 @@ _LOADERS: dict[str, Callable[..., Any]] = {  # folders of a checkpoint, and what
 }
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #2ab9dd2c
+from ldm_edu.checks import check_count
+from ldm_edu.files import brief
+
+
+def _entries(config: Mapping[str, Any]) -> dict[str, Any]:
+    "What a config says beside the class; an error for an entry that is missing or makes no sense."
+    if missing := [name for name in ("schedule", "size", "conditional") if name not in config]:
+        raise LDMError(f"it has no entry '{missing[0]}'")
+    # version 0.1.0 wrote the provenance under the name "made"
+    found = {"schedule": config["schedule"], "provenance": config.get("provenance", config.get("made")) or {}}
+    for name, value in found.items():
+        if not isinstance(value, dict):
+            raise LDMError(f"{name}={value!r} should be an object, {{...}}")
+    if not isinstance(config["conditional"], bool):
+        raise LDMError(f"conditional={config['conditional']!r} should be true or false")
+    known = inspect.signature(NoiseSchedule).parameters
+    if unknown := [name for name in found["schedule"] if name not in known]:
+        raise LDMError(f"schedule has no '{unknown[0]}', only {', '.join(known)}")
+    schedule, size = NoiseSchedule(**found["schedule"]), check_count("size", config["size"], 1, 2**14)
+    return {**found, "schedule": schedule, "size": size, "conditional": config["conditional"]}
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     "What a config.json says of a `LatentDiffusion`; `CheckpointError` names the file if it says something else."
     config = load_json(path)
-    if (kind := config.get(CLASS, "LatentDiffusion")) != "LatentDiffusion":
-        raise CheckpointError(f"{path} describes {kind}, which is a part and not a whole LatentDiffusion")
+    kind = config.get(CLASS, "LatentDiffusion")
+    if kind != "LatentDiffusion":
+        told = brief(ValueError(kind if isinstance(kind, str) else f"the class {kind!r}"))
+        raise CheckpointError(f"{path} describes {told}, which is a part and not a whole LatentDiffusion")
     try:
-        return {
-            "schedule": NoiseSchedule(**config["schedule"]),
-            "size": config["size"],
-            "conditional": config["conditional"],
-            # version 0.1.0 wrote it under the name "made"
-            "provenance": config.get("provenance", config.get("made")),
-        }
+        return _entries(config)
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} does not describe a LatentDiffusion: {error}") from error
+        raise CheckpointError(f"{path} does not describe a LatentDiffusion: {brief(error)}") from error
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #1193db2f
 class LatentDiffusion(Sampling, Saved):
@@ -213,7 +231,7 @@ class LatentDiffusion(Sampling, Saved):
         folder: str | Path,  # made if it is not there
         half: bool = False,  # weights as float16
     ) -> None:
-        "Write config.json and a folder for each part; if one of them cannot be saved, the old files stay."
+        "Write config.json and a folder for each part: all of them, or none; see `whole_folder`."
         config = {CLASS: "LatentDiffusion", "schedule": self.schedule.config, "size": self.size}
         config |= {"conditional": self.conditioner is not None, "provenance": self.provenance}
         with whole_folder(folder) as new:
@@ -233,4 +251,7 @@ class LatentDiffusion(Sampling, Saved):
         conditional = config.pop("conditional")
         wanted = [part for part in _LOADERS if conditional or part != "conditioner"]
         parts = {part: _LOADERS[part](folder, part=part) for part in wanted}
-        return cls(**parts, **config).eval()
+        try:
+            return cls(**parts, **config).eval()
+        except LDMError as error:
+            raise CheckpointError(f"{folder / 'config.json'} does not fit the parts beside it: {error}") from error
