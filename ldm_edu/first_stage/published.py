@@ -6,15 +6,21 @@
 __all__ = ['to_diffusers', 'from_diffusers', 'from_released', 'load_published', 'save_diffusers']
 
 # %% ../../nbs/workshop/published_weights.ipynb #6ddaa377
+import math
+import os
 import re
+import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..files import atomic, load_json, load_tensors, save_json, save_tensors
+from ..checkpoints import check_fit
+from ..checks import check_count, check_number
+from ..files import brief, load_json, load_tensors, reading, save_json, save_tensors, whole_folder
 from ..errors import CheckpointError, LDMError
 from .autoencoder import AutoencoderKL, FirstStage
 from .quantization import AutoencoderVQ
@@ -59,8 +65,8 @@ def name_table(
 def _counts(names: Iterable[str]) -> tuple[int, int]:
     "Levels, and blocks in a level of the encoder, by names of either naming; CheckpointError if the sides disagree."
     sides: dict[str, list[tuple[int, int]]] = {}
-    for name in names:
-        if m := re.match(r"(encoder|decoder)\.(?:down|up)(?:_blocks)?\.(\d+)\.\w+\.(\d+)\.", name):
+    for name in (names := list(names)):
+        if m := re.match(r"(encoder|decoder)\.(?:down|up)(?:_blocks)?\.(\d{1,4})\.\w+\.(\d{1,4})\.", name):
             sides.setdefault(m[1], []).append((int(m[2]) + 1, int(m[3]) + 1))
     counts = {side: tuple(map(max, zip(*found))) for side, found in sides.items()}
     if "decoder" in counts:
@@ -71,7 +77,10 @@ def _counts(names: Iterable[str]) -> tuple[int, int]:
             f"the names count {' and '.join(told)} (one less than there are in each level of the decoder): "
             "the two should be equal"
         )
-    return next(iter(counts.values()), (0, 0))
+    levels, blocks = next(iter(counts.values()), (0, 0))
+    if levels * blocks > max(1000, len(names)):  # a table of so many names would take all memory
+        raise CheckpointError(f"the names count {levels} levels of {blocks} blocks, but there are {len(names)} names")
+    return levels, blocks
 
 # %% ../../nbs/workshop/published_weights.ipynb #931c28be
 _PROJECTION = re.compile(r"\.attn[._]\d+\.(q|k|v|proj_out)\.weight$")  # here, and in the released code
@@ -154,20 +163,6 @@ def config_of(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     codebook = "quantize.embedding.weight"
     return config | ({"num_codes": _size(tensors, codebook)} if codebook in tensors else {})
 
-# %% ../../nbs/workshop/published_weights.ipynb #2b3e92e1
-def _check_fit(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    "CheckpointError for the first tensor that is missing, too many, or of another shape than `model`'s."
-    wanted = {name: tuple(x.shape) for name, x in model.state_dict().items()}
-    for name in [*wanted, *tensors]:
-        if name not in tensors:
-            raise CheckpointError(f"'{name}' is missing; it should be there, of shape {wanted[name]}")
-        if name not in wanted:
-            raise CheckpointError(f"'{name}' is there, but the other tensors belong to a first stage without it")
-        if tuple(tensors[name].shape) != wanted[name]:
-            raise CheckpointError(f"'{name}' has the shape {tuple(tensors[name].shape)}, should have {wanted[name]}")
-        if not tensors[name].is_floating_point():
-            raise CheckpointError(f"'{name}' holds {tensors[name].dtype}, but should hold floating-point numbers")
-
 # %% ../../nbs/workshop/published_weights.ipynb #13f0d3c6
 def build(
     tensors: Mapping[str, Tensor],  # under our names
@@ -177,80 +172,199 @@ def build(
     config = config_of(tensors) | chosen
     with torch.device("meta"):  # shapes only: the weights come from the file
         model = (AutoencoderVQ if "num_codes" in config else AutoencoderKL)(**config)
-    _check_fit(model, tensors)
+    check_fit(model, tensors)
     model.load_state_dict({name: x.to(torch.float32, copy=True) for name, x in tensors.items()}, assign=True)
     return model.eval()
 
 # %% ../../nbs/workshop/published_weights.ipynb #4ad9826d
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+LIBRARIES = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf")  # left objects in released files
+THEIR_NOTES = {  # what these objects are made of
+    *("typing.Any", "collections.defaultdict", "numpy.dtype"),
+    *("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "object", "str")),
+}
 
 
+class StandIn:
+    "Stands where a file asks for an object of a training library: it takes anything, and does nothing."
+
+    def __new__(cls, *args: Any, **kwargs: Any):
+        "An empty object, whatever the file would make it from."
+        return super().__new__(cls)
+
+    def __init__(self, *args: Any, **kwargs: Any): ...
+
+    def __setstate__(self, state: Any) -> None:
+        "Nothing is kept."
+
+
+def _stand_ins(path: Path) -> list[Any]:
+    "An empty class for each one of `LIBRARIES`, or of their notes, that a pickle asks for; none of them is imported."
+    try:
+        asked = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # reading it will say what is wrong with the file
+        return []
+    split = [name.rpartition(".") for name in asked if name in THEIR_NOTES or name.split(".")[0] in LIBRARIES]
+    return [type(name, (StandIn,), {"__module__": module}) for module, _, name in split]
+
+# %% ../../nbs/workshop/published_weights.ipynb #5e0c7a91
 def _why_not(error: Exception) -> str:
     "An explanation of an error that torch.load has raised."
-    if asked := re.search(r"GLOBAL (\S+)", str(error)):
+    asked = re.search(r"GLOBAL (\S+)|but got <class '(\S+)'>", str(error))
+    if asked or "unrecognized function" in str(error):
         return (
-            f"is refused: beside tensors this pickle asks for {asked[1]}, and a pickle that may build what it likes "
-            "may also run what it likes; take the same weights as .safetensors"
+            f"is refused: beside tensors this pickle asks for {asked[1] or asked[2] if asked else 'a call'}, and a "
+            "pickle that may build what it likes may also run what it likes; take the same weights as .safetensors"
         )
+    if "TorchScript" in str(error):
+        return "is a TorchScript program and no file of weights; take the same weights as .safetensors"
     return f"is no whole PyTorch file ({type(error).__name__}): copy it again"
 
 
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    "The named tensors of a .safetensors file, or of a pickle with tensors and plain containers only."
-    path = Path(path)
-    if path.suffix == ".safetensors":
-        return load_tensors(path)
-    if path.suffix not in PICKLES:
-        raise CheckpointError(f"{path}: a file of weights ends in .safetensors, {', '.join(PICKLES)}")
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing")
+def _read_pickle(path: Path) -> Any:
+    "What a pickle holds, its numbers still on the disk; CheckpointError where it asks for more than tensors and notes."
+    with reading(path, kind="PyTorch file"), open(path, "rb") as file:
+        size, is_zip = os.fstat(file.fileno()).st_size, zipfile.is_zipfile(file)
     try:
-        held = torch.load(path, map_location="cpu", weights_only=True)
+        if is_zip:
+            with zipfile.ZipFile(path) as archive:
+                if sum(member.file_size for member in archive.infolist()) > size:
+                    raise ValueError("its members are compressed, which torch.save does not do")
+        with torch.serialization.safe_globals(_stand_ins(path)):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{path} {_why_not(error)}") from error
-    held = held.get("state_dict", held) if isinstance(held, dict) else held
+
+# %% ../../nbs/workshop/published_weights.ipynb #c80e35d4
+def _check_plain(tensors: Mapping[str, Tensor], size: int) -> None:
+    "CheckpointError where a tensor is no plain array, or where all claim more than a file of `size` bytes can hold."
+    total = 0
+    for name, x in tensors.items():
+        if x.layout != torch.strided or x.device.type != "cpu" or x.is_quantized or x.is_nested:
+            raise CheckpointError(f"'{name}' is no plain array of numbers")
+        claimed = math.prod(x.shape) * x.element_size()
+        total += claimed
+        if claimed > x.untyped_storage().nbytes():
+            raise CheckpointError(f"'{name}' has the shape {tuple(x.shape)}, but no number for each of its places")
+    if total > 4 * size:  # a few tensors may share their numbers
+        raise CheckpointError(
+            f"its tensors would take {total} bytes, but the file has {size}: they share their numbers"
+        )
+
+
+def _named_tensors(path: Path) -> dict[str, Tensor]:
+    "The named tensors of a pickle, at its top or under 'state_dict'."
+    held = _read_pickle(path)
+    for _ in range(3):  # some have one inside another
+        held = held["state_dict"] if isinstance(held, dict) and isinstance(held.get("state_dict"), dict) else held
     named = held.items() if isinstance(held, dict) else ()
-    if tensors := {name: x for name, x in named if isinstance(name, str) and isinstance(x, Tensor)}:
-        return tensors
-    raise CheckpointError(f"{path} holds no named tensors, neither at its top nor under 'state_dict'")
+    tensors = {name: x.detach() for name, x in named if isinstance(name, str) and isinstance(x, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no named tensors, neither at its top nor under 'state_dict'")
+    try:
+        _check_plain(tensors, path.stat().st_size)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    return tensors
+
+# %% ../../nbs/workshop/published_weights.ipynb #e4f5a26b
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod)\.")  # of DataParallel, and of torch.compile
+
+
+def _unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    "The tensors without the names of wrappers in theirs; CheckpointError where two would have one name."
+    bare = {_WRAPPERS.sub("", name): x for name, x in tensors.items()}
+    if len(bare) < len(tensors):
+        raise CheckpointError("some tensors are there twice, with and without `module.` or `_orig_mod.` in their names")
+    return bare
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    "The tensors of all files that an index of diffusers names, which lie beside it."
+    places = load_json(index).get("weight_map")
+    places = places if isinstance(places, dict) else {}
+    files = sorted({str(place) for place in places.values()})
+    if not files or any(Path(file).name != file or Path(file).suffix == ".json" for file in files):
+        raise CheckpointError(f"{index} should say in 'weight_map' which file beside it has which tensor")
+    found: dict[str, Tensor] = {}
+    for file in files:
+        found |= read_tensors(index.with_name(file))
+    if lacking := [name for name in places if name not in found]:
+        raise CheckpointError(f"{index} promises '{lacking[0]}', but {places[lacking[0]]} does not hold it")
+    return found
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    "The named tensors of a .safetensors file, of a pickle with nothing else that counts, or of several by their index."
+    path = Path(path)
+    if path.suffix == ".json":
+        return _read_shards(path)
+    if path.suffix not in (".safetensors", *PICKLES):
+        raise CheckpointError(f"{path}: a file of weights ends in .safetensors, {', '.join(PICKLES)}")
+    tensors = load_tensors(path) if path.suffix == ".safetensors" else _named_tensors(path)
+    return _unwrapped(tensors)
 
 # %% ../../nbs/workshop/published_weights.ipynb #7b7c130b
 FOLDERS = ("", "vae", "vqvae")  # where diffusers has a first stage: by itself, or inside a whole model
-FILES = tuple(f"diffusion_pytorch_model{ending}" for ending in (".safetensors", ".fp16.safetensors", ".bin"))
+KINDS = ("safetensors", "safetensors.index.json", "fp16.safetensors", "safetensors.index.fp16.json")
+KINDS += ("bin", "bin.index.json", "fp16.bin")
+FILES = tuple(f"diffusion_pytorch_model.{kind}" for kind in KINDS)
+
+
+def _listed(folder: Path) -> list[str]:
+    "The names in a folder; none where there is no such folder."
+    if not os.path.isdir(folder):
+        return []
+    with reading(folder, kind="folder"):
+        return sorted(os.listdir(folder))
 
 
 def _diffusers_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     "The file of weights and the config of a diffusers first stage in `folder`, or in its `vae` or `vqvae`."
+    others = []
     for inner in (folder / name for name in FOLDERS):
-        if not (inner / "config.json").is_file():
-            continue
-        config = load_json(inner / "config.json")
+        names = _listed(inner)
+        config = load_json(inner / "config.json") if "config.json" in names else {}
         if config.get("_class_name") not in ("AutoencoderKL", "VQModel"):
+            others += [str(config["_class_name"])[:60]] if "_class_name" in config else []
             continue
-        for file in (inner / name for name in FILES):
-            if file.is_file():
-                return file, config
-        raise CheckpointError(f"{inner / FILES[0]} is missing")
+        if found := [name for name in FILES if name in names]:
+            return inner / found[0], config
+        there = [name for name in names if "model" in name]
+        raise CheckpointError(f"{inner / FILES[0]} is missing" + f"; {', '.join(there)} cannot be read" * bool(there))
     raise CheckpointError(
-        f"{folder} is no folder of a diffusers AutoencoderKL or VQModel, and has none under vae/ or vqvae/; "
-        "a folder that this package wrote is read by `load_first_stage`"
+        f"{folder} is no folder of a diffusers AutoencoderKL or VQModel, and has none under vae/ or vqvae/"
+        + f": it is of {', '.join(others)}" * bool(others)
+        + "; a folder that this package wrote is read by `load_first_stage`"
     )
 
 # %% ../../nbs/workshop/published_weights.ipynb #7dc2426a
-_SUPPORTED = dict(act_fn="silu", shift_factor=None, latents_mean=None, latents_std=None)  # the only values supported
+_SUPPORTED = dict(act_fn=("silu", "swish"), shift_factor=(None, 0), latents_mean=(None,), latents_std=(None,))
+_USUAL_SCALES = {  # beginnings of names in a whole model → whose they are, and the scale factor
+    "cond_stage_model.": "0.18215 (Stable Diffusion 1 and 2)",
+    "conditioner.": "0.13025 (SDXL)",
+}
 
 
-def _scale_and_groups(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[float, int]:
-    "Scale factor and groups by a diffusers config (defaults 0.18215 and 32), or by a file without one (1 and 32)."
-    for name, value in _SUPPORTED.items():
-        if config.get(name, value) != value:
-            raise CheckpointError(f"its config says {name}={config[name]!r}, but this package has only {value!r}")
-    measured = tensors["scale_factor"].tolist() if "scale_factor" in tensors else 1.0  # in some whole models
-    scale = config.get("scaling_factor", 0.18215 if config else measured)
-    groups = config.get("norm_num_groups", 32)
-    if not (isinstance(scale, int | float) and scale > 0 and isinstance(groups, int) and groups > 0):
-        raise CheckpointError(f"scale factor {scale!r} and groups {groups!r} should be numbers above zero")
-    return float(scale), groups
+def _warn_of_scale(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    "Warn that a file does not say its scale factor, and name the usual ones: the one that other names in it tell."
+    told = [scale for start, scale in _USUAL_SCALES.items() if any(name.startswith(start) for name in tensors)]
+    usual = " or ".join(told or _USUAL_SCALES.values())
+    warnings.warn(f"{file} does not say its scale factor: 1 is taken; give scale_factor, such as {usual}", stacklevel=3)
+
+
+def _scale_and_groups(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[float | None, int]:
+    "Scale factor and groups by a diffusers config (defaults 0.18215 and 32), or by a file without one (None and 32)."
+    for name, values in _SUPPORTED.items():
+        if config.get(name, values[0]) not in values:
+            raise CheckpointError(f"its config says {name}={config[name]!r}, but this package has only {values[0]!r}")
+    groups = check_count("norm_num_groups", config.get("norm_num_groups", 32))
+    if config:
+        return float(check_number("scaling_factor", config.get("scaling_factor", 0.18215), above=0)), groups
+    if "scale_factor" not in tensors:
+        return None, groups
+    return float(check_number("scale_factor", tensors["scale_factor"].tolist(), above=0)), groups  # measured
 
 # %% ../../nbs/workshop/published_weights.ipynb #0b5004d8
 def load_published(
@@ -260,22 +374,28 @@ def load_published(
     legacy: bool = False,  # VQ, for training on: the commitment of the released code, see `VectorQuantizer`
 ) -> FirstStage:
     "A published first stage, KL or VQ, under any of the namings, in eval mode; CheckpointError says what does not fit."
-    path = Path(path).expanduser()
-    file, config = _diffusers_folder(path) if path.is_dir() else (path, {})
+    chosen = {} if groups is None else {"groups": check_count("groups", groups)}
+    if scale_factor is not None:
+        check_number("scale_factor", scale_factor, above=0)
+    path = Path(os.path.expanduser(path))
+    file, config = _diffusers_folder(path) if os.path.isdir(path) else (path, {})
     tensors = read_tensors(file)
     try:
         translate = from_diffusers if any("_block.resnets." in name for name in tensors) else from_released
         ours = translate(tensors)
         scale, own_groups = _scale_and_groups(config, tensors)
-        if "quantize.embedding.weight" not in ours:
-            return build(
-                ours, groups=groups or own_groups, scale_factor=scale if scale_factor is None else scale_factor
-            )
-        if scale_factor not in (None, 1):
-            raise LDMError(f"scale_factor={scale_factor}: the latents of a codebook are not rescaled, leave it out")
-        return build(ours, groups=groups or own_groups, legacy=legacy)
-    except LDMError as error:
-        raise CheckpointError(f"{file}: {error}") from error
+        chosen = {"groups": own_groups, **chosen}
+        if "quantize.embedding.weight" in ours:
+            if scale_factor not in (None, 1):
+                raise LDMError(f"scale_factor={scale_factor}: the latents of a codebook are not rescaled, leave it out")
+            return build(ours, **chosen, legacy=legacy)
+        scale = scale if scale_factor is None else scale_factor
+        first_stage = build(ours, **chosen, scale_factor=1.0 if scale is None else scale)
+    except (LDMError, RuntimeError) as error:  # RuntimeError: of torch, for sizes that no tensor can have
+        raise CheckpointError(f"{file}: {brief(error)}") from error
+    if scale is None:
+        _warn_of_scale(file, tensors)
+    return first_stage
 
 # %% ../../nbs/workshop/published_weights.ipynb #7e6da248
 def _diffusers_config(first_stage: FirstStage) -> dict[str, Any]:
@@ -305,9 +425,7 @@ def save_diffusers(
     folder: str | Path,  # made where it does not exist
 ) -> None:
     "Write a folder that diffusers' `from_pretrained` and our `load_published` read; LDMError for other first stages."
-    folder = Path(folder)
     config = _diffusers_config(first_stage)
-    folder.mkdir(parents=True, exist_ok=True)
-    with atomic(folder / "config.json") as temporary:
-        save_json(config, temporary)
-        save_tensors(to_diffusers(first_stage.state_dict()), folder / FILES[0], notes={"format": "pt"})
+    with whole_folder(folder) as new:
+        save_json(config, new / "config.json")
+        save_tensors(to_diffusers(first_stage.state_dict()), new / FILES[0], notes={"format": "pt"})

@@ -1,10 +1,17 @@
 """Weights under other names: held against diffusers, forwards and backwards, from every kind of file; and refusals."""
 
 import argparse
+import collections
 import copy
 import json
+import os
+import pickle
 import random
 import re
+import subprocess
+import sys
+import types
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -422,7 +429,8 @@ def broken(kind: str, folder, tensors: dict):
         save_diffusers(AutoencoderKL(32, (1, 2), 1, 2), folder)
         said = {"scaling_factor": None} if kind == "no scale" else {"norm_num_groups": 0}
         (folder / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"} | said))
-        return folder, "scale factor None" if kind == "no scale" else "groups 0 should be"
+        number, whole = "scaling_factor=None should be a finite number", "norm_num_groups=0 should be a whole number"
+        return folder, number if kind == "no scale" else whole
     if kind == "cut off safetensors":
         save_tensors(tensors, file)
         file.write_bytes(file.read_bytes()[:5000])
@@ -574,3 +582,478 @@ def test_one_side_alone_is_translated():
     for side in ("encoder", "decoder"):
         half = {name: x for name, x in ours.items() if name.startswith(side)}
         assert from_diffusers(to_diffusers(half)).keys() == half.keys()
+
+
+# released files, and hostile ones
+
+
+@pytest.fixture
+def lightning(monkeypatch):
+    """The modules whose objects trainers left in released files, as far as writing such a file needs them."""
+    made = {}
+    for path, names in {
+        "pytorch_lightning.callbacks.model_checkpoint": ["ModelCheckpoint"],
+        "omegaconf.listconfig": ["ListConfig"],
+        "omegaconf.base": ["ContainerMetadata"],
+    }.items():
+        for end in range(1, path.count(".") + 2):
+            parent = ".".join(path.split(".")[:end])
+            monkeypatch.setitem(sys.modules, parent, types.ModuleType(parent))
+        for name in names:
+            made[name] = type(name, (), {"__module__": path})
+            setattr(sys.modules[path], name, made[name])
+    return types.SimpleNamespace(**made)
+
+
+def forget(monkeypatch):
+    """Reading happens without these modules, and may not look for them."""
+    for name in [name for name in sys.modules if name.split(".")[0] in ("pytorch_lightning", "omegaconf")]:
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+
+
+def test_a_released_checkpoint_is_read_without_the_library_that_wrote_it(tmp_path, small, lightning, monkeypatch):
+    settings = lightning.ListConfig()
+    metadata = lightning.ContainerMetadata()
+    metadata.ref_type, metadata.resolver_cache, metadata.flags = int, collections.defaultdict(dict), {"a": bool}
+    settings.__dict__ |= {"_metadata": metadata, "_content": [1, 2.5, "three"], "_parent": None}
+    whole = {PREFIX + name: x for name, x in small.state_dict().items()}
+    content = {
+        "epoch": 3,
+        "global_step": 470000,
+        "pytorch-lightning_version": "1.4.2",
+        "state_dict": whole | {"scale_factor": torch.tensor(0.25), "cond_stage_model.x": torch.zeros(2)},
+        "callbacks": {lightning.ModelCheckpoint: {"monitor": None, "best_model_score": torch.tensor(0.1)}},
+        "optimizer_states": [{"state": {0: {"step": 4, "exp_avg": torch.zeros(3)}}, "param_groups": [{"lr": 1e-4}]}],
+        "lr_schedulers": [{"base_lrs": [1.0], "last_epoch": 3, "lr_lambdas": [settings]}],
+        "hyper_parameters": {"ignore_keys": settings},
+    }
+    torch.save(content, tmp_path / "model.ckpt")
+    forget(monkeypatch)
+    allowed = torch.serialization.get_safe_globals()
+    loaded = load_published(tmp_path / "model.ckpt", groups=4)
+    assert loaded.scale_factor == 0.25
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in small.state_dict().items())
+    assert set(torch.serialization.get_safe_globals()) == set(allowed)  # nothing stays allowed
+
+
+def raw_pickle(path: Path, program: bytes, tensors: dict) -> Path:
+    """A file of torch.save in whose pickle a program of ours makes one of the objects."""
+    torch.save({"state_dict": tensors, "note": "here"}, path)
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    name = next(name for name in members if name.endswith("data.pkl"))
+    assert members[name].count(text("here")) == 1
+    members[name] = members[name].replace(text("here"), program)
+    with zipfile.ZipFile(path, "w") as new:
+        for name, content in members.items():
+            new.writestr(name, content)
+    return path
+
+
+def text(value: str) -> bytes:
+    return b"X" + len(value.encode()).to_bytes(4, "little") + value.encode()
+
+
+RUN = "open('code-was-run', 'w')"
+CALL = text(RUN) + b"\x85R"  # with one argument, of what lies on the stack
+HOSTILE = {
+    "builtins.eval": b"cbuiltins\neval\n" + CALL,
+    "eval of Python 2": b"c__builtin__\neval\n" + CALL,
+    "builtins.exec": b"cbuiltins\nexec\n" + CALL,
+    "builtins.getattr": b"cbuiltins\ngetattr\n" + CALL,
+    "builtins.__import__": b"cbuiltins\n__import__\n" + text("this") + b"\x85R",
+    "os.system": b"cos\nsystem\n" + text("touch code-was-run") + b"\x85R",
+    "posix.system": b"cposix\nsystem\n" + text("touch code-was-run") + b"\x85R",
+    "subprocess.Popen": b"csubprocess\nPopen\n" + text("touch code-was-run") + b"\x85R",
+    "runpy": b"crunpy\n_run_code\n" + CALL,
+    "importlib": b"cimportlib\nimport_module\n" + text("this") + b"\x85R",
+    "torch's own loader": b"ctorch\nload\n" + text("x") + b"\x85R",
+    "torch.hub": b"ctorch.hub\nload\n" + text("x") + b"\x85R",
+    "numpy.load": b"cnumpy\nload\n" + text("x") + b"\x85R",
+    "object of a stranger": b"cstranger.module\nThing\n)\x81}b",
+    "an instance": b"(" + text(RUN) + b"ibuiltins\neval\n",
+    "an object by code": b"(cbuiltins\neval\n" + text(RUN) + b"o",
+    "a global from the stack": text("builtins") + text("eval") + b"\x93" + CALL,
+    "a stand-in that is called": b"comegaconf.base\nThing\n)\x81" + CALL,
+    "entries of a stand-in": b"comegaconf.base\nThing\n)\x81(" + text("a") + text("b") + b"u",
+    "extension": b"\x82\x01",
+}
+HARMLESS = {  # names of a training library, whatever they seem to be: nothing of that name is looked for
+    "a function": b"comegaconf.os\nsystem\n" + text("touch code-was-run") + b"\x85R",
+    "a dotted name": b"cpytorch_lightning\nos.system\n" + text("touch code-was-run") + b"\x85R",
+    "a state": b"comegaconf.base\nThing\n)\x81}(" + text("__class__") + text("x") + b"ub",
+    "a state of two": b"comegaconf.base\nThing\n)\x81}}\x86b",
+    "arguments": b"comegaconf.base\nThing\n(" + text("a") + b"K\x01N}tR",
+}
+
+
+def read_alone(path: Path) -> str:
+    """What a process of its own says of a file, with limits on its memory; there it would also crash alone."""
+    script = """if True:
+        import resource, sys
+        from ldm_edu.errors import CheckpointError
+        from ldm_edu.first_stage.published import load_published
+        def trap(name, *_):
+            assert not name.startswith(("pytorch_lightning", "omegaconf", "stranger")), name
+        sys.addaudithook(lambda event, args: trap(*args) if event == "import" else None)
+        used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 2**30,) * 2)
+        for path in sys.argv[1:]:
+            try:
+                load_published(path, groups=4, scale_factor=1.0)
+                print("loaded")
+            except CheckpointError as error:
+                print(error)
+    """
+    run = [sys.executable, "-c", script, *map(str, path if isinstance(path, list) else [path])]
+    done = subprocess.run(run, capture_output=True, text=True, timeout=120, cwd=path[0].parent)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_no_pickle_runs_code(tmp_path, small):
+    """Whatever it asks for: it is refused, or, as a note of a training library, replaced by an empty object."""
+    paths = [
+        raw_pickle(tmp_path / f"{i}.ckpt", program, small.state_dict())
+        for i, program in enumerate([*HOSTILE.values(), *HARMLESS.values()])
+    ]
+    said = read_alone(paths).splitlines()
+    assert not (tmp_path / "code-was-run").exists() and len(said) == len(paths)
+    for name, line in zip(HOSTILE, said):
+        assert re.search(r"is refused: beside tensors this pickle asks for|is no whole PyTorch file", line), (
+            name,
+            line,
+        )
+    for asked, line in zip(("eval", "eval", "exec", "getattr", "__import__", "os.system", "posix.system"), said):
+        assert f"asks for {asked}, and" in line
+    assert said[len(HOSTILE) :] == ["loaded"] * len(HARMLESS)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_plain_pickles_of_every_protocol_run_nothing(tmp_path, protocol, monkeypatch):
+    class Trap:
+        def __reduce__(self):
+            return eval, (RUN,)
+
+    monkeypatch.chdir(tmp_path)
+    for ending in (".ckpt", ".pt", ".pth", ".bin"):
+        (tmp_path / f"x{ending}").write_bytes(pickle.dumps({"state_dict": Trap()}, protocol))
+        with pytest.raises(CheckpointError, match=f"x{ending} is (refused|no whole PyTorch file)"):
+            load_published(tmp_path / f"x{ending}")
+    assert not os.path.exists("code-was-run")
+
+
+def test_a_program_for_torchscript_is_no_file_of_weights(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="x.pt is a TorchScript program"):
+        load_published(tmp_path / "x.pt")
+
+
+def rewritten(path: Path, compression: int) -> None:
+    """The same archive, its members packed in another way."""
+    with zipfile.ZipFile(path) as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    with zipfile.ZipFile(path, "w", compression) as new:
+        for name, content in members.items():
+            new.writestr(name, content)
+
+
+def test_a_small_file_that_would_become_large_is_refused(tmp_path, small):
+    paths, weight = [], "decoder.conv_in.weight"
+    giants = {
+        "stride 0": torch.zeros(1).expand(10**9, 2, 3, 3),
+        "nearly 2^63": torch.zeros(1).expand(2**30, 2**29, 3, 3),
+        "overlapping": torch.zeros(20000).as_strided((10000, 10000, 1, 1), (1, 1, 1, 1)),
+        "meta": torch.zeros(10**6, 10**6, 3, 3, device="meta"),
+        "sparse": torch.sparse_coo_tensor(torch.zeros(4, 1).long(), torch.ones(1), (10**9, 10**9, 3, 3)),
+        "quantized": torch.quantize_per_tensor(torch.zeros(16, 2, 3, 3), 0.1, 0, torch.quint8),
+    }
+    for name, giant in giants.items():
+        paths.append(tmp_path / f"{name}.pt")
+        torch.save(small.state_dict() | {weight: giant}, paths[-1])
+        paths.append(tmp_path / f"{name} first.pt")
+        torch.save(small.state_dict() | {"encoder.conv_in.weight": giant}, paths[-1])
+    shared = torch.zeros(10**6)
+    paths.append(tmp_path / "shared.pt")
+    torch.save({f"encoder.down.0.block.{i}.conv1.weight": shared.view(1000, 1000, 1, 1) for i in range(900)}, paths[-1])
+    paths.append(tmp_path / "packed.pt")
+    torch.save(small.state_dict() | {weight: torch.zeros(10**8)}, paths[-1])
+    rewritten(paths[-1], zipfile.ZIP_DEFLATED)
+    assert paths[-1].stat().st_size < 10**6
+    lines = read_alone(paths).splitlines()
+    assert len(lines) == len(paths)
+    for path, said in zip(paths, lines):
+        assert path.name in said and len(said) < 500
+        assert re.search(
+            "no number for each of its places|no plain array|would take|is no whole PyTorch file|is refused", said
+        ), said
+
+
+def test_a_storage_that_claims_more_than_the_file_holds_is_not_read_beyond_it(tmp_path, small):
+    """Bytes behind the end of an array are somebody else's."""
+    torch.save(small.state_dict(), tmp_path / "x.pt")
+    with zipfile.ZipFile(tmp_path / "x.pt") as old:
+        members = {name: old.read(name) for name in old.namelist()}
+    data = next(name for name in members if re.search(r"/data/\d+$", name) and len(members[name]) > 1000)
+    members[data] = members[data][:64]
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as new:
+        for name, content in members.items():
+            new.writestr(name, content)
+    said = read_alone([tmp_path / "x.pt"])
+    assert "x.pt" in said or said == "loaded\n"  # refused, or what lies behind in the same file; no crash
+
+
+@pytest.mark.parametrize("name", ["9" * 5000, "999999999", "9999", "1000"])
+def test_numbers_in_names_do_not_decide_how_much_is_made(name):
+    names = {f"{side}.{name}.block.0.conv1.weight": torch.zeros(1) for side in ("encoder.down", "decoder.up")}
+    names |= {f"decoder.up.{name}.block.1.conv1.weight": torch.zeros(1)}
+    for translate in (to_diffusers, from_diffusers, from_released):
+        with pytest.raises(CheckpointError, match="no such name|but there are 3 names"):
+            translate(names)
+
+
+def test_tensors_may_share_their_numbers_and_be_bfloat16(tmp_path, small):
+    tensors = {name: x.bfloat16() for name, x in small.state_dict().items()}
+    tensors["encoder.mid.block_2.conv1.weight"] = tensors["encoder.mid.block_1.conv1.weight"]
+    for name in ("tied.bin", "tied.safetensors"):
+        write(tensors, tmp_path / name)
+        loaded = load_published(tmp_path / name, 0.5, groups=4).state_dict()
+        assert all(torch.equal(loaded[key], x.float()) for key, x in tensors.items())
+
+
+def test_nothing_of_a_file_stays_mapped(tmp_path, small):
+    if not os.path.exists("/proc/self/maps"):
+        pytest.skip("only Linux tells which files are mapped")
+    for name in ("x.pt", "x.safetensors"):
+        write(small.state_dict(), tmp_path / name)
+        loaded = load_published(tmp_path / name, 0.5, groups=4)
+        assert str(tmp_path) not in Path("/proc/self/maps").read_text() and loaded
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+@pytest.mark.parametrize("kind", [".safetensors", ".ckpt"])
+def test_the_names_of_wrappers_are_taken_off(tmp_path, small, prefix, kind):
+    for i, outer in enumerate(("", PREFIX)):
+        write({f"{outer}{prefix}{name}": x for name, x in small.state_dict().items()}, tmp_path / f"{i}{kind}")
+        write({f"{prefix}{outer}{name}": x for name, x in small.state_dict().items()}, tmp_path / f"{i + 2}{kind}")
+    for i in range(4):
+        loaded = load_published(tmp_path / f"{i}{kind}", 0.5, groups=4)
+        assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in small.state_dict().items())
+
+
+def test_a_name_with_and_without_a_wrapper_is_ambiguous(tmp_path, small):
+    write(small.state_dict() | {"module.quant_conv.bias": torch.zeros(4)}, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="some tensors are there twice, with and without `module.`"):
+        load_published(tmp_path / "x.pt", 0.5, groups=4)
+
+
+def test_a_state_dict_inside_a_state_dict(tmp_path, small):
+    torch.save({"state_dict": {"state_dict": small.state_dict()}}, tmp_path / "x.pt")
+    assert load_published(tmp_path / "x.pt", 0.5, groups=4).scale_factor == 0.5
+    endless = {}
+    endless["state_dict"] = endless
+    torch.save(endless, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="x.pt holds no named tensors"):
+        load_published(tmp_path / "x.pt")
+
+
+# the scale factor
+
+
+def test_a_kl_file_that_does_not_say_its_scale_does_not_silently_get_one(tmp_path, small):
+    whole = {PREFIX + name: x for name, x in small.state_dict().items()}
+    kinds = {
+        "bare": (small.state_dict(), r"0\.18215 \(Stable Diffusion 1 and 2\) or 0\.13025 \(SDXL\)$"),
+        "sd": (whole | {"cond_stage_model.transformer.x": torch.zeros(1)}, r"such as 0\.18215 \(Stable.* 1 and 2\)$"),
+        "sdxl": (whole | {"conditioner.embedders.1.x": torch.zeros(1)}, r"such as 0\.13025 \(SDXL\)$"),
+    }
+    for name, (tensors, said) in kinds.items():
+        save_tensors(tensors, tmp_path / f"{name}.safetensors")
+        with pytest.warns(UserWarning, match=f"{name}.safetensors does not say its scale factor: 1 is taken.*{said}"):
+            assert load_published(tmp_path / f"{name}.safetensors", groups=4).scale_factor == 1.0
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_scale_that_is_said_or_not_needed_needs_no_warning(tmp_path, small):
+    save_tensors(small.state_dict(), tmp_path / "x.safetensors")
+    assert load_published(tmp_path / "x.safetensors", 1.0, groups=4).scale_factor == 1.0
+    save_diffusers(small, tmp_path / "folder")
+    assert load_published(tmp_path / "folder").scale_factor == 1.0
+    vq = AutoencoderVQ(8, (1, 2), 1, 2, num_codes=16, groups=4)
+    save_tensors(vq.state_dict(), tmp_path / "vq.safetensors")
+    assert load_published(tmp_path / "vq.safetensors", groups=4).scale_factor == 1.0
+
+
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), "1", True])
+def test_a_scale_or_a_number_of_groups_without_sense_is_refused(tmp_path, small, value):
+    save_tensors(small.state_dict(), tmp_path / "x.safetensors")
+    with pytest.raises((LDMError, TypeError), match="scale_factor"):  # TypeError: from beartype
+        load_published(tmp_path / "x.safetensors", scale_factor=value, groups=4)
+    with pytest.raises((LDMError, TypeError), match="groups"):
+        load_published(tmp_path / "x.safetensors", scale_factor=1.0, groups=value)
+
+
+@pytest.mark.parametrize(
+    "measured", [torch.tensor(0.0), torch.tensor(float("nan")), torch.zeros(3), torch.tensor(-1.0)]
+)
+def test_a_measured_scale_without_sense_is_refused(tmp_path, small, measured):
+    whole = {PREFIX + name: x for name, x in small.state_dict().items()}
+    save_tensors(whole | {"scale_factor": measured}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: scale_factor=.* should be a finite number, above 0"):
+        load_published(tmp_path / "x.safetensors", groups=4)
+
+
+@pytest.mark.parametrize(
+    "said, message",
+    [
+        ('"scaling_factor": 1e999', "scaling_factor=inf should be a finite number"),
+        ('"scaling_factor": NaN', "config.json is not JSON"),
+        ('"scaling_factor": -1', "scaling_factor=-1 should be a finite number, above 0"),
+        ('"scaling_factor": "0.2"', "scaling_factor='0.2' should be"),
+        ('"norm_num_groups": 4.0', "norm_num_groups=4.0 should be a whole number"),
+        ('"norm_num_groups": true', "norm_num_groups=True should be a whole number"),
+        ('"norm_num_groups": null', "norm_num_groups=None should be a whole number"),
+        ('"shift_factor": 0.1', r"shift_factor=0\.1, but this package has only None"),
+        ('"latents_mean": [0.1]', r"latents_mean=\[0\.1\], but"),
+        ('"act_fn": ["silu"]', "act_fn="),
+    ],
+)
+def test_a_config_of_diffusers_without_sense(tmp_path, small, said, message):
+    save_diffusers(small, tmp_path)
+    (tmp_path / "config.json").write_text('{"_class_name": "AutoencoderKL", ' + said + "}")
+    with pytest.raises(CheckpointError, match=message):
+        load_published(tmp_path)
+
+
+def test_no_shift_is_no_shift(tmp_path, small):
+    save_diffusers(small, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config |= {"shift_factor": 0.0, "latents_mean": None, "latents_std": None, "act_fn": "swish"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_published(tmp_path).config == small.config
+
+
+# folders
+
+
+def sharded(folder: Path, tensors: dict, ending: str = ".safetensors", index: str = "safetensors.index.json") -> Path:
+    """Tensors in three files with an index, as diffusers writes large weights."""
+    names, places = sorted(tensors), {}
+    for i in range(3):
+        file = f"diffusion_pytorch_model-0000{i + 1}-of-00003{ending}"
+        part = {name: tensors[name] for name in names[i::3]}
+        save_tensors(part, folder / file) if ending == ".safetensors" else torch.save(part, folder / file)
+        places |= dict.fromkeys(part, file)
+    save_json({"metadata": {"total_size": 1}, "weight_map": places}, folder / f"diffusion_pytorch_model.{index}")
+    return folder / f"diffusion_pytorch_model.{index}"
+
+
+@pytest.mark.parametrize(
+    "ending, index",
+    [
+        (".safetensors", "safetensors.index.json"),
+        (".safetensors", "safetensors.index.fp16.json"),
+        (".bin", "bin.index.json"),
+    ],
+)
+def test_weights_in_several_files(tmp_path, small, ending, index):
+    save_diffusers(small, tmp_path)
+    (tmp_path / FILES[0]).unlink()
+    path = sharded(tmp_path, to_diffusers(small.state_dict()), ending, index)
+    loaded = load_published(tmp_path)
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in small.state_dict().items())
+    assert load_published(path, 1.0, groups=4).config == small.config
+    next(tmp_path.glob(f"*2-of*{ending}")).unlink()
+    with pytest.raises(CheckpointError, match=f"00002-of-00003{ending} is missing"):
+        load_published(tmp_path)
+
+
+def test_an_index_that_leads_astray(tmp_path, small):
+    save_diffusers(small, tmp_path)
+    (tmp_path / FILES[0]).rename(tmp_path / "elsewhere.safetensors")
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    for places in (None, {}, [1], {"a": 3}, {"a": "../x.safetensors"}, {"a": "/x.safetensors"}, {"a": index.name}):
+        save_json({"weight_map": places}, index)
+        with pytest.raises(CheckpointError, match="index.json should say in 'weight_map'|ends in|is missing"):
+            load_published(tmp_path)
+    save_json({"weight_map": {"promised": "elsewhere.safetensors"}}, index)
+    with pytest.raises(
+        CheckpointError, match="index.json promises 'promised', but elsewhere.safetensors does not hold"
+    ):
+        load_published(tmp_path)
+
+
+@pytest.mark.parametrize("file", ["fp16.safetensors", "fp16.bin", "bin"])
+def test_weights_in_half_precision_are_found_by_their_name(tmp_path, small, file):
+    save_diffusers(small, tmp_path)
+    (tmp_path / FILES[0]).unlink()
+    half = {name: x.half() for name, x in to_diffusers(small.state_dict()).items()}
+    path = tmp_path / f"diffusion_pytorch_model.{file}"
+    save_tensors(half, path) if file.endswith("safetensors") else torch.save(half, path)
+    loaded = load_published(tmp_path)
+    assert all(torch.equal(x.half().float(), loaded.state_dict()[name]) for name, x in small.state_dict().items())
+
+
+@pytest.mark.parametrize("file", ["diffusion_flax_model.msgpack", "model.onnx", "diffusion_pytorch_model.gguf"])
+def test_weights_of_another_kind_are_named(tmp_path, small, file):
+    save_diffusers(small, tmp_path)
+    (tmp_path / FILES[0]).rename(tmp_path / file)
+    with pytest.raises(CheckpointError, match=f"safetensors is missing; {file} cannot be read"):
+        load_published(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["UNet2DConditionModel", "AutoencoderTiny", "AsymmetricAutoencoderKL", "x" * 5000])
+@pytest.mark.parametrize("inner", ["", "vae"])
+def test_the_class_of_another_folder_is_named(tmp_path, name, inner):
+    (tmp_path / inner).mkdir(exist_ok=True)
+    save_json({"_class_name": name}, tmp_path / inner / "config.json")
+    with pytest.raises(
+        CheckpointError, match=f"no folder of a diffusers AutoencoderKL.*: it is of {name[:60]};"
+    ) as caught:
+        load_published(tmp_path)
+    assert len(str(caught.value)) < 500
+
+
+def test_what_may_not_be_read_is_not_called_missing(tmp_path, small, monkeypatch):
+    save_diffusers(small, tmp_path / "folder")
+    torch.save(small.state_dict(), tmp_path / "x.pt")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "nothing")
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(CheckpointError, match="link.pt is a link that leads nowhere"):
+        load_published(tmp_path / "link.pt")
+    with pytest.raises(CheckpointError, match="no folder of a diffusers"):
+        load_published(tmp_path / "folder.pt")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("builtins.open", refuse)
+        with pytest.raises(CheckpointError, match="x.pt cannot be read: no permission"):
+            load_published(tmp_path / "x.pt")
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(CheckpointError, match="folder cannot be read: no permission"):
+        load_published(tmp_path / "folder")
+
+
+@pytest.mark.parametrize(
+    "name", ["", "~nosuchuser/x.pt", "zero\0byte.pt", "x" * 5000 + ".pt", "a\nb", "/dev/null/x.pt"]
+)
+def test_names_of_nothing(name):
+    with pytest.raises(CheckpointError):
+        load_published(name)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kind", [".safetensors", ".pt"])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, small, value, kind):
+    write(small.state_dict() | {"quant_conv.bias": torch.full((4,), value)}, tmp_path / f"x{kind}")
+    with pytest.raises(CheckpointError, match="'quant_conv.bias' holds numbers that are not finite"):
+        load_published(tmp_path / f"x{kind}", 1.0, groups=4)
+
+
+def test_what_cannot_be_saved_for_diffusers_is_said(tmp_path, small):
+    (tmp_path / "file").write_text("")
+    for place, said in (("file", "a file stands where"), ("file/x", "a file stands where"), ("x" * 300, "too long")):
+        with pytest.raises(CheckpointError, match=said):
+            save_diffusers(small, tmp_path / place)
