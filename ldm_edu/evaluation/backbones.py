@@ -1,19 +1,21 @@
 """The networks whose features LPIPS compares, and where their weights are found."""
 
 import importlib.util
+import os
 import pickle
-import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from http.client import HTTPException
 from pathlib import Path
+from typing import cast
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm_edu.files import load_tensors
+from ldm_edu.checkpoints import check_fit
 from ldm_edu.errors import CheckpointError, LDMError
+from ldm_edu.files import brief, load_tensors, reading
 
 __all__ = ["BACKBONES", "backbone_weights"]
 
@@ -56,6 +58,13 @@ BACKBONES = {
 }
 
 
+def _known(net: str) -> str:
+    "`net` as it is; LDMError where it is none of BACKBONES."
+    if not isinstance(net, str) or net not in BACKBONES:
+        raise LDMError(f"net={net!r} should be one of {', '.join(map(repr, BACKBONES))}")
+    return net
+
+
 def linear_weights(
     net: str,  # one of BACKBONES
 ) -> list[Float[Tensor, "_"]]:
@@ -63,13 +72,23 @@ def linear_weights(
     package = importlib.util.find_spec("lpips")
     if package is None or package.origin is None:
         raise LDMError("LPIPS reads its channel weights from the package lpips: pip install lpips")
-    path = Path(package.origin).with_name("weights") / "v0.1" / f"{net}.pth"
+    path = Path(package.origin).with_name("weights") / "v0.1" / f"{_known(net)}.pth"
+    with torch.device("meta"):
+        layers = BACKBONES[net].build()
+    with reading(path, LDMError, "file of weights", ": install lpips again"), open(path, "rb"):
+        pass
     try:
         # `weights_only` refuses a pickle that holds anything but tensors and plain containers
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-        return [tensors[f"lin{i}.model.1.weight"].flatten() for i in range(len(BACKBONES[net].taps))]
-    except (OSError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise LDMError(f"{path} does not hold the channel weights of LPIPS: install lpips again") from error
+        found = [tensors[f"lin{i}.model.1.weight"] for i in range(len(BACKBONES[net].taps))]
+        for weight, tap in zip(found, BACKBONES[net].taps):
+            shape, wanted = tuple(weight.shape), (1, cast(nn.Conv2d, layers[tap - 1]).out_channels, 1, 1)
+            if shape != wanted or not weight.is_floating_point() or not weight.isfinite().all():
+                raise LDMError(f"{shape} should be {wanted}, of finite numbers")
+    except Exception as error:  # a damaged pickle can raise anything
+        told = f"{path} does not hold the channel weights of LPIPS ({brief(error)}): install lpips again"
+        raise LDMError(told) from error
+    return [weight.float().flatten() for weight in found]
 
 
 def _from_torchvision(net: str, download: bool) -> dict[str, Tensor]:
@@ -91,7 +110,7 @@ def _not_found(net: str, weights_dir: str | Path | None, reason: Exception) -> L
     place = f"in weights_dir ({weights_dir})" if weights_dir is not None else "since no weights_dir was given"
     return LDMError(
         f"LPIPS has no weights for '{net}': {BACKBONES[net].file} was not found {place}, and torchvision's {url} could "
-        f"not be loaded ({textwrap.shorten(str(reason), 200)}). Put the first into weights_dir, "
+        f"not be loaded ({brief(reason)}). Put the first into weights_dir, "
         f"or the second into {Path(torch.hub.get_dir()) / 'checkpoints'}"
     )
 
@@ -102,8 +121,13 @@ def backbone_weights(
     download: bool = True,  # whether torchvision may download it
 ) -> dict[str, Tensor]:
     "The weights of a backbone by torchvision's names: from `weights_dir`, else from torchvision, else LDMError."
-    if weights_dir is not None and (path := Path(weights_dir) / BACKBONES[net].file).is_file():
-        return load_tensors(path)
+    folder = None if weights_dir is None else Path(os.path.expanduser(weights_dir))
+    file = BACKBONES[_known(net)].file
+    if folder is not None and os.path.isdir(folder):
+        with reading(folder, kind="folder"):
+            names = os.listdir(folder)
+        if file in names:  # also where it cannot be read: then that is said, and nothing else is taken for it
+            return load_tensors(folder / file)
     try:
         return _from_torchvision(net, download)
     except (OSError, HTTPException, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -117,12 +141,14 @@ def load_backbone(
 ) -> nn.Sequential:
     "The convolutions of a backbone with their weights; CheckpointError where the weights are of another network."
     with torch.device("meta"):  # shapes only: the weights come from a file
-        layers = BACKBONES[net].build()
+        layers = BACKBONES[_known(net)].build()
     found = backbone_weights(net, weights_dir, download)
-    named = {name.removeprefix("features."): w.float() for name, w in found.items() if name.startswith("features.")}
+    start = "features."
+    named = {name.removeprefix(start): w for name, w in found.items() if name.startswith(start)}
     try:
-        layers.load_state_dict(named, assign=True)
-    except RuntimeError as error:
-        file, reason = BACKBONES[net].file, textwrap.shorten(str(error), 200)
-        raise CheckpointError(f"{file} does not hold '{net}' as torchvision has it: {reason}") from error
+        check_fit(layers, named)
+    except CheckpointError as error:
+        file = BACKBONES[net].file
+        raise CheckpointError(f"{file} does not hold '{net}' as torchvision has it: {brief(error)}") from error
+    layers.load_state_dict({name: w.float() for name, w in named.items()}, assign=True)
     return layers

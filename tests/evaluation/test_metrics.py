@@ -18,7 +18,7 @@ from ldm_edu.evaluation import backbones
 from ldm_edu.evaluation.backbones import BACKBONES, backbone_weights, linear_weights
 from ldm_edu.evaluation.features import THINGS, ToyFeatures, thing_targets
 from ldm_edu.evaluation.metrics import LPIPS, gaussian_window, layer_distances, psnr, ssim, ssim_map, unit
-from ldm_edu.files import save_tensors
+from ldm_edu.files import load_tensors, save_tensors
 
 # --- PSNR ---
 
@@ -500,3 +500,110 @@ def test_thing_targets_name_what_stands_there():
     named = [[THINGS[i] for i in row.nonzero().flatten()] for row in targets]
     assert named == [[("small", "red", "sphere"), ("large", "blue", "cube")], [], [("large", "blue", "cube")]]
     assert len(set(THINGS)) == len(THINGS) == targets.shape[1] == 48
+
+
+# --- Files of backbones that cannot be used ---
+
+
+def spoilt(net: str, folder: Path, change) -> Path:
+    """The file of a random backbone, one tensor of which is changed."""
+    path = random_backbone(net, folder) / BACKBONES[net].file
+    tensors = load_tensors(path)
+    save_tensors(tensors | {"features.0.weight": change(tensors["features.0.weight"])}, path)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change, said",
+    [
+        (
+            lambda x: x[:, :2].contiguous(),
+            r"'0\.weight' has the shape \(64, 2, 11, 11\), should have \(64, 3, 11, 11\)",
+        ),
+        (lambda x: x.to(torch.int8), r"'0\.weight' holds torch\.int8"),
+        (lambda x: x * float("nan"), "holds numbers that are not finite"),
+    ],
+)
+def test_a_backbone_of_other_numbers_is_named(tmp_path, change, said):
+    with pytest.raises(CheckpointError, match=f"alexnet_features.safetensors does not hold 'alex'.*{said}"):
+        backbones.load_backbone("alex", spoilt("alex", tmp_path, change))
+
+
+def test_a_backbone_without_a_tensor_is_named(tmp_path):
+    save_tensors({"features.0.weight": torch.zeros(64, 3, 11, 11)}, tmp_path / BACKBONES["alex"].file)
+    with pytest.raises(CheckpointError, match=r"does not hold 'alex'.*'0\.bias' is missing"):
+        backbones.load_backbone("alex", tmp_path)
+
+
+def test_a_file_in_weights_dir_that_cannot_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(backbones, "_from_torchvision", lambda *_: pytest.fail("torchvision was asked"))
+    file = tmp_path / BACKBONES["alex"].file
+    file.symlink_to(tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="alexnet_features.safetensors is a link that leads nowhere"):
+        backbone_weights("alex", tmp_path)
+    file.unlink()
+    file.mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read: a folder stands in its place"):
+        backbone_weights("alex", tmp_path)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("os.listdir", refuse)
+    with pytest.raises(CheckpointError, match="cannot be read: no permission"):
+        backbone_weights("alex", tmp_path)
+
+
+def test_a_backbone_that_torchvision_has_and_that_is_a_giant_takes_no_memory(no_cache, tmp_path):
+    from torchvision.models import AlexNet_Weights
+
+    no_cache.mkdir(parents=True)
+    weights = backbone_weights("alex", random_backbone("alex", tmp_path))
+    weights["features.0.weight"] = torch.zeros(1).expand(10**9, 3, 11, 11)
+    torch.save(weights, no_cache / AlexNet_Weights.IMAGENET1K_V1.url.rsplit("/", 1)[1])
+    with pytest.raises(CheckpointError, match=r"'0\.weight' has the shape \(1000000000, 3, 11, 11\)"):
+        backbones.load_backbone("alex", download=False)
+
+
+@pytest.mark.parametrize("net", ["", "resnet", None, 3, ["alex"]])
+def test_a_backbone_that_is_not_known(net):
+    for fn in (backbone_weights, linear_weights, backbones.load_backbone):
+        with pytest.raises((LDMError, TypeError), match="net"):  # TypeError: from beartype, where types are checked
+            fn(net)
+
+
+@pytest.fixture
+def lpips_folder(tmp_path, monkeypatch) -> Path:
+    """Where the channel weights of the lpips package are looked for."""
+    origin = tmp_path / "lpips/__init__.py"
+    (origin.parent / "weights/v0.1").mkdir(parents=True)
+    spec = importlib.util.spec_from_file_location("lpips", origin)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+    return origin.parent / "weights/v0.1"
+
+
+def test_channel_weights_that_cannot_be_used_are_named(lpips_folder):
+    path, widths = lpips_folder / "alex.pth", (64, 192, 384, 256, 256)
+    right = {f"lin{i}.model.1.weight": torch.ones(1, c, 1, 1) for i, c in enumerate(widths)}
+    with pytest.raises(LDMError, match="alex.pth is missing: install lpips again"):
+        linear_weights("alex")
+    torch.save(right, path)
+    assert [len(weight) for weight in linear_weights("alex")] == list(widths)
+    name = "lin1.model.1.weight"
+    for wrong, said in (
+        ({name: torch.ones(1, 64, 1, 1)}, r"\(1, 64, 1, 1\) should be \(1, 192, 1, 1\)"),
+        ({name: torch.ones(1).expand(1, 10**9, 1, 1)}, "should be"),
+        ({name: torch.full((1, 192, 1, 1), float("nan"))}, "of finite numbers"),
+        ({name: [1.0]}, "no attribute 'shape'"),
+    ):
+        torch.save(right | wrong, path)
+        with pytest.raises(LDMError, match=f"alex.pth does not hold the channel weights of LPIPS .*{said}"):
+            linear_weights("alex")
+    for content in (b"", b"hello", b"cos\nsystem\n(S'true'\ntR."):
+        path.write_bytes(content)
+        with pytest.raises(LDMError, match="alex.pth does not hold the channel weights of LPIPS"):
+            linear_weights("alex")
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(LDMError, match="alex.pth cannot be read: a folder stands in its place"):
+        linear_weights("alex")
