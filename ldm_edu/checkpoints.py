@@ -225,6 +225,9 @@ def _build(base: type[C], config: Mapping[str, Any]) -> C:
     return cls(**_arguments(cls, arguments))
 
 
+MOST = 4096  # what every number in a config may be, however small the weights are: heads, factors and counts are small
+
+
 def _is_of_the_package(cls: type) -> bool:
     return cls.__module__.startswith("ldm_edu.")
 
@@ -317,7 +320,7 @@ def _checked_build(cls: type[C], arguments: Mapping[str, Any], tensors: Mapping[
     "The module that a config describes, into which tensors fit; nothing is made that is much larger than they are."
     of_cls = find_class(cls, _class_name(cls, arguments)).__name__
     longest = max((max(tensor.shape) for tensor in tensors.values() if tensor.numel() and tensor.ndim), default=0)
-    _check_sizes("arguments", {**arguments, CLASS: of_cls}, max(1000, len(tensors), longest))
+    _check_sizes("arguments", {**arguments, CLASS: of_cls}, max(MOST, len(tensors), longest))
     try:
         # First without memory; a module may register a weight twice, and hold some modules that have none.
         shapes = _on_meta(cls, arguments, 10 * len(tensors) + 1000)

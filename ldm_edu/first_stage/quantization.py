@@ -183,13 +183,16 @@ class IdentityFirstStage(PointFirstStage):
         return h
 
 # %% ../../nbs/1_first_stage/15_quantization.ipynb #71a57236
+import os
+
+
 def load_first_stage(
     name: str | Path,  # of a first stage or of a model that has one: a folder, a shipped checkpoint, or "user/model"
     part: str | None = None,  # subfolder; None: "first_stage" where there is one
 ) -> FirstStage:
     "The saved first stage, of the class that config.json names, in eval mode; `CheckpointError` names a bad file."
     folder = find_checkpoint(name, part)
-    if part is None and (folder / "first_stage").is_dir():
+    if part is None and os.path.isdir(folder / "first_stage"):  # False, and no error, where it may not be looked into
         folder = folder / "first_stage"
     kind, config = FirstStage, load_json(folder / "config.json")
     if CLASS not in config:  # version 0.1.0 named no class
