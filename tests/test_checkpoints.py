@@ -155,7 +155,7 @@ HOSTILE = [  # part, what its config.json says instead, words of the message
     ("vq", {"num_codes": 11}, "does not fit AutoencoderVQ"),
     ("text", {"length": 10**9}, "`length` is"),
     ("text", {"depth": 10**7}, "`depth` is"),
-    ("text", {"depth": 900}, "does not fit TextConditioner"),
+    ("text", {"depth": 900}, "TextConditioner: "),
     ("text", {"vocabulary": 10**9}, "`vocabulary` is"),
     ("text", {"vocabulary": [f"a{i}" for i in range(10**5)]}, "`vocabulary` has 100000 entries"),
     ("text", {"dim": 2**70}, "`dim` is"),
