@@ -71,7 +71,7 @@ def test_what_is_no_seed(value):
         check_seed("seed", value)
 
 
-@pytest.mark.parametrize("value", [0, -1.5, 1e300, 5e-324, 10**400])
+@pytest.mark.parametrize("value", [0, -1.5, 1e300, 5e-324])
 def test_numbers_come_back_as_they_are(value):
     assert check_number("x", value) is value
 
