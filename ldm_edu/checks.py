@@ -2,8 +2,11 @@
 
 import math
 import operator
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from inspect import formatannotation
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import torch
 from torch import Tensor
@@ -180,3 +183,31 @@ def check_timesteps(
         bounds = "be at least 0" if levels is None else f"lie in [0, {levels})"
         raise LDMError(f"{name} must {bounds}, but runs from {least} to {most}")
     return value
+
+
+def _is_of(value: Any, kind: Any) -> bool:
+    "Is a value of a type, as annotations name it? A float has to be finite, and a list will do for a tuple."
+    inner = get_args(kind)
+    if get_origin(kind) in (Union, UnionType):
+        return any(_is_of(value, each) for each in inner)
+    if get_origin(kind) is tuple:
+        each = inner[:1] * len(value) if isinstance(value, list | tuple) and inner[-1] is ... else inner
+        return isinstance(value, list | tuple) and len(value) == len(each) and all(map(_is_of, value, each))
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if kind is Any:
+        return True
+    return isinstance(value, get_origin(kind) or kind) and (kind is not int or not isinstance(value, bool))
+
+
+def check_fields(
+    cls: type,  # a dataclass
+    values: Mapping[str, Any],  # the fields that are given, by name
+) -> None:
+    "LDMError where these are no fields of a dataclass, or where one of them is not of the type that it should have."
+    kinds = {field.name: field.type for field in fields(cls)}
+    for name, value in values.items():
+        if name not in kinds:
+            raise LDMError(f"{cls.__name__} has no field {name}")
+        if not _is_of(value, kinds[name]):
+            raise LDMError(f"{cls.__name__}: {name}={_shown(value)} should be {formatannotation(kinds[name])}")

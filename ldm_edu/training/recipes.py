@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from ..checkpoints import check_plain
+from ..checks import check_fields
 from ..data.toy.captions import VOCABULARY
 from ..diffusion.schedule import NoiseSchedule
 from ..errors import LDMError
@@ -433,8 +434,8 @@ AnyRecipe = Recipe | AutoencoderRecipe | ReaderRecipe | FeaturesRecipe
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #0cc143da
 def find_recipe(name: str) -> AnyRecipe:
     "The recipe of that name; `LDMError` lists the known ones."
-    if name not in RECIPES:
-        near = difflib.get_close_matches(name, RECIPES, n=1)
+    if name not in list(RECIPES):
+        near = difflib.get_close_matches(str(name), RECIPES, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise LDMError(f"unknown recipe '{name}'; known: {', '.join(RECIPES)}{hint}")
     return RECIPES[name]
@@ -463,16 +464,15 @@ _PARTS = {
 
 
 def _build(cls: type, values: Mapping[str, Any]) -> Any:
-    "A dataclass from a dict, the dataclasses in it too, lists as tuples; `LDMError` names an unknown field."
-    if unknown := set(values) - {f.name for f in fields(cls)}:
-        raise LDMError(f"{cls.__name__} has no field {', '.join(sorted(unknown))}")
+    "A dataclass from a dict, the dataclasses in it too, lists as tuples; `LDMError` names a wrong field."
     arguments = {}
     for name, value in values.items():
-        if name == "conditioners":
-            value = [_build(ConditionerRecipe, each) for each in value]
-        elif name in _PARTS and value is not None:
+        if name == "conditioners" and isinstance(value, list | tuple):
+            value = [_build(ConditionerRecipe, each) if isinstance(each, Mapping) else each for each in value]
+        elif name in _PARTS and isinstance(value, Mapping):
             value = _build(_PARTS[name], value)
         arguments[name] = tuple(value) if isinstance(value, list) else value
+    check_fields(cls, arguments)
     return cls(**arguments)
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #d6b3500e
@@ -482,11 +482,13 @@ _OLD_NAMES = {"codes": "num_codes", "unseen": "unseen_pairs"}  # fields as versi
 def _translated(values: Mapping[str, Any]) -> dict[str, Any]:
     "The dict of a recipe under today's names; one that has them already stays as it is."
     new = {_OLD_NAMES.get(name, name): value for name, value in values.items()}
-    if "first_stage" in new:  # it was measured on 64 images, whatever the recipe
+    if isinstance(new.get("first_stage"), Mapping):  # it was measured on 64 images, whatever the recipe
         new["first_stage"] = first = _translated(new["first_stage"])
-        first["training"] = {"held_out": 64} | first.get("training", {})
-    if "text" in new.get("diffusion", {}):  # text was the only condition, and its words were the toy captions'
-        new["diffusion"] = diffusion = dict(new["diffusion"])
+        if isinstance(first.get("training"), Mapping):
+            first["training"] = {"held_out": 64} | dict(first["training"])
+    diffusion = new.get("diffusion")
+    if isinstance(diffusion, Mapping) and "text" in diffusion:  # the only condition, in the words of the toy captions
+        new["diffusion"] = diffusion = dict(diffusion)
         if (text := diffusion.pop("text")) is not None:
             arguments = {"vocabulary": VOCABULARY, **text}
             diffusion["conditioners"] = [{"name": "TextConditioner", "arguments": arguments}]
@@ -494,10 +496,12 @@ def _translated(values: Mapping[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #2f8f1210
 def recipe_from_dict(values: Mapping[str, Any]) -> AnyRecipe:
-    "The recipe that `recipe_to_dict` was given; `LDMError` for fields that do not exist or are missing."
+    "The recipe that `recipe_to_dict` was given; `LDMError` for fields that are unknown, missing, or of another type."
+    if not isinstance(values, Mapping):
+        raise LDMError(f"a recipe should be a dict, as `recipe_to_dict` makes it, not {values!r:.60}")
     rest = dict(values)
     kind = rest.pop("kind", "diffusion model")
-    if kind not in _KINDS:
+    if kind not in list(_KINDS):
         raise LDMError(f"kind={kind!r} is no kind of recipe; known: {', '.join(_KINDS)}")
     try:
         return _build(_KINDS[kind], _translated(rest))

@@ -1,6 +1,7 @@
 """Recipes: what they refuse, how they survive JSON, what version 0.1.0 wrote, and how they differ."""
 
 import copy
+import inspect
 import json
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from small_runs import small_diffusion, text, tiny, tiny_autoencoder
 
 from ldm_edu.data.toy.captions import VOCABULARY
 from ldm_edu.errors import LDMError
+from ldm_edu.training.dispatch import train
 from ldm_edu.training.recipes import (
     RECIPES,
     AdversarialRecipe,
@@ -21,6 +23,7 @@ from ldm_edu.training.recipes import (
     recipe_from_dict,
     recipe_to_dict,
 )
+from ldm_edu.training.run import RunOptions
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -284,3 +287,55 @@ def test_numbers_that_would_train_something_else_are_refused(bad):
 def test_a_diffusion_recipe_without_sense_is_refused(bad, said):
     with pytest.raises(LDMError, match=said):
         replace(tiny().diffusion, **bad)
+
+
+NO_RECIPES = {
+    "no dict": (5, "a recipe should be a dict, as `recipe_to_dict` makes it, not 5"),
+    "a list": ([["kind", "first stage"]], "a recipe should be a dict"),
+    "a list as its kind": ({"kind": []}, r"kind=\[\] is no kind of recipe"),
+    "a text as its size": ({"size": "64"}, "Recipe: size='64' should be int"),
+    "no whole size": ({"size": 64.5}, "Recipe: size=64.5 should be int"),
+    "true as its seed": ({"seed": True}, "Recipe: seed=True should be int"),
+    "a number as its stage": ({"first_stage": 5}, "Recipe: first_stage=5 should be .*FirstStageRecipe"),
+    "no stage": ({"diffusion": None}, "Recipe: diffusion=None should be .*DiffusionRecipe"),
+    "a list as its stage": ({"diffusion": []}, r"Recipe: diffusion=\(\) should be .*DiffusionRecipe"),
+    "training": ({"first_stage": {"training": 5}}, "FirstStageRecipe: training=5 should be .*Training"),
+    "rate": ({"first_stage": {"training": {"lr": "fast"}}}, "Training: lr='fast' should be float"),
+    "rate that is no number": ({"first_stage": {"training": {"lr": float("nan")}}}, "Training: lr=nan should be float"),
+    "betas": ({"first_stage": {"training": {"betas": 5}}}, r"betas=5 should be tuple\[float, float\]"),
+    "three betas": ({"first_stage": {"training": {"betas": [0, 0, 0]}}}, r"betas=\(0, 0, 0\) should be tuple"),
+    "widths": ({"diffusion": {"multipliers": ["a"]}}, r"multipliers=\('a',\) should be tuple\[int, \.\.\.\]"),
+    "conditioners": ({"diffusion": {"conditioners": 5}}, "conditioners=5 should be tuple"),
+    "a conditioner": (
+        {"diffusion": {"conditioners": [5]}},
+        r"conditioners=\(5,\) should be tuple\[.*ConditionerRecipe, ",
+    ),
+    "its arguments": ({"diffusion": {"conditioners": [{"name": "A", "arguments": 5}]}}, "arguments=5 should be "),
+    "text of 0.1.0": ({"diffusion": {"text": 5}}, "not a whole recipe"),
+    "an unknown field": ({"sise": 64}, "Recipe has no field sise"),
+}
+
+
+@pytest.mark.parametrize("given, message", NO_RECIPES.values(), ids=NO_RECIPES)
+def test_what_is_no_recipe_is_refused_and_the_field_named(given, message):
+    """Also where nobody checks the types of arguments, as these tests do."""
+    if isinstance(given, dict):
+        given = merged(recipe_to_dict(find_recipe("toy-demo")), given)
+    with pytest.raises(LDMError, match=message):
+        inspect.unwrap(recipe_from_dict)(given)
+
+
+def merged(a: dict, b: dict) -> dict:
+    """The first dict, with the values of the second in the places that that one has."""
+    return a | {
+        name: merged(a[name], value) if isinstance(value, dict) and isinstance(a.get(name), dict) else value
+        for name, value in b.items()
+    }
+
+
+def test_a_recipe_of_wrong_types_is_refused_where_it_is_trained(tmp_path):
+    recipe = replace(find_recipe("toy-demo"))
+    object.__setattr__(recipe, "seed", "0")  # past the checks of these tests
+    with pytest.raises(LDMError, match="Recipe: seed='0' should be int"):
+        train(recipe, tmp_path / "run", RunOptions(device="cpu"))
+    assert not (tmp_path / "run").exists()
