@@ -6,8 +6,11 @@
 # loads none.
 
 import inspect
+import os
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,10 +20,11 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ldm_edu.basics import is_static
-from ldm_edu.files import atomic
 from ldm_edu.errors import LDMError
+from ldm_edu.files import atomic, folder_for, writing
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from PIL.Image import Image as PILImage
 
 __all__ = ["curve", "explore", "grid", "save", "show", "show_rows", "to_pil", "to_uint8"]
@@ -395,6 +399,20 @@ def save(
     form = Image.registered_extensions().get(path.suffix.lower())
     if form is None:
         raise LDMError(f"`path` should end in .png or .jpg: '{path.name}'")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic(path) as temporary:
+    folder_for(path)
+    with writing(path), atomic(path) as temporary:
         to_pil(tensors[0] if len(tensors) == 1 else grid(tensors)).save(temporary, format=form)
+
+
+def new_figure(**arguments: Any) -> "Figure":
+    "A figure to be written into a file, which needs no screen: whatever backend the environment names, it is drawn."
+    # Matplotlib refuses to be imported where this variable names no backend, so it is told afterwards.
+    named = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    if named is not None:
+        os.environ["MPLBACKEND"] = named
+        with suppress(ValueError):
+            matplotlib.rcParams["backend"] = named
+    return Figure(**arguments)

@@ -101,23 +101,32 @@ def folder_for(
         Path(path).parent.mkdir(parents=True, exist_ok=True)
 
 
+def place(path: str | Path) -> Path:
+    "`path` as a Path, with `~` as the home folder; LDMError where no file or folder can have that name."
+    try:
+        path = Path(path).expanduser()
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):  # nothing lies there yet
+        pass
+    except BROKEN_NAME as error:
+        raise LDMError(f"{str(path)!r} is no name that a file can have ({error})") from error
+    except OSError as error:
+        raise LDMError(f"{path} cannot be written: {reason(error)}") from error
+    return Path(path)
+
+
 def probe(path: str | Path) -> Path:
     """`path` as a Path, where a file can be written; else LDMError, before the work whose result it is for.
 
     `~` is the home folder. The folder is created where it is missing, and what lies there stays as it was.
     """
-    try:
-        path = Path(path).expanduser()
-        folder_for(path)
-        with writing(path):
-            if path.exists() and not path.is_file():
-                raise IsADirectoryError(errno.EISDIR, "a folder, or something else that is no file")
-            with atomic(path, replace=False):
-                pass
-    except BROKEN_NAME as error:
-        if isinstance(error, LDMError):
-            raise
-        raise LDMError(f"{str(path)!r} is no name that a file can have ({error})") from error
+    path = place(path)
+    folder_for(path)
+    with writing(path):
+        if path.exists() and not path.is_file():
+            raise IsADirectoryError(errno.EISDIR, "a folder, or something else that is no file")
+        with atomic(path, replace=False):
+            pass
     return path
 
 

@@ -1,5 +1,6 @@
 """Train whatever a recipe is for."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,16 @@ import torch
 from torch import nn
 
 from ldm_edu.errors import LDMError
+from ldm_edu.files import brief
+from ldm_edu.first_stage.quantization import load_first_stage
 from ldm_edu.training.data import check_fit
 from ldm_edu.training.judge import FeaturesStage, ReaderStage
-from ldm_edu.training.recipes import AnyRecipe, AutoencoderRecipe, FeaturesRecipe, ReaderRecipe, Recipe, recipe_to_dict
+from ldm_edu.training.recipes import AnyRecipe, AutoencoderRecipe, FeaturesRecipe, ReaderRecipe, Recipe
+from ldm_edu.training.recipes import recipe_from_dict, recipe_to_dict
 from ldm_edu.training.resume import run_stage
-from ldm_edu.training.run import RunOptions, open_run
+from ldm_edu.training.run import Run, RunOptions, open_run
 from ldm_edu.training.stages import DiffusionStage, FirstStageStage
+from ldm_edu.training.tasks import perceptual_distance
 
 __all__ = ["train"]
 
@@ -36,10 +41,37 @@ def train(
     """
     if not isinstance(recipe, AnyRecipe):
         raise LDMError(f"recipe should be a recipe, such as find_recipe('toy-demo'), not {recipe!r}")
+    recipe_from_dict(recipe_to_dict(recipe))  # refuses fields of other types
+    check_weights(recipe, options)
     if isinstance(recipe, Recipe | AutoencoderRecipe):
         check_fit(recipe, options)
     run = open_run(recipe, folder, options)
+    try:
+        return train_stages(recipe, run)
+    except RuntimeError as error:
+        if run.accelerator.num_processes == 1 or not LOST.search(str(error)):
+            raise
+        raise LDMError(f"another process of this run has ended ({brief(error)}): {AGAIN}") from error
+    finally:
+        run.close()
 
+
+# What torch says where a process has lost another one, and what can be done then.
+LOST = re.compile("closed by peer|reset by peer|Broken pipe|Timed out waiting", re.IGNORECASE)
+AGAIN = "start all of them again, with --resume (in Python resume=True), and the run goes on from its last checkpoint"
+
+
+def check_weights(recipe: AnyRecipe, options: RunOptions) -> None:
+    "`LDMError` where weights that a training begins with are not at hand: that is known before data are prepared."
+    if isinstance(recipe, Recipe | AutoencoderRecipe):
+        perceptual_distance(recipe.first_stage.perceptual, options.weights_dir)
+    elif isinstance(recipe, ReaderRecipe):
+        for name in recipe.first_stages:
+            load_first_stage(name)
+
+
+def train_stages(recipe: AnyRecipe, run: Run) -> nn.Module:
+    "Train the stages of a recipe, one after the other, and save the result."
     model, history = None, {}
     for kind in STAGES[type(recipe)]:
         stage = kind(recipe, run, model)

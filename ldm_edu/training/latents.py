@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ldm_edu.basics import progress
-from ldm_edu.files import load_notes, load_tensors, save_tensors, writing
+from ldm_edu.files import folder_for, load_notes, load_tensors, save_tensors
 from ldm_edu.data.cache import SampleCache
 from ldm_edu.errors import CheckpointError
 from ldm_edu.first_stage.autoencoder import FirstStage
@@ -59,11 +59,10 @@ def cached_latents(
         if load_notes(path) == notes:
             tensors = load_tensors(path)
             return tensors["mean"], tensors["logvar"]
-    except CheckpointError:  # missing or damaged: it can be made again
+    except (CheckpointError, KeyError):  # missing or damaged: it can be made again
         pass
     mean, logvar = encode_all(first_stage, dataset, run.accelerator, n)
     if run.is_main:
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+        folder_for(path)
         save_tensors({"mean": mean, "logvar": logvar}, path, notes=notes)
     return mean, logvar

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from ldm_edu.basics import progress
-from ldm_edu.files import load_tensors, writing
 from ldm_edu.display import save
+from ldm_edu.errors import CheckpointError
+from ldm_edu.files import brief, load_tensors
 from ldm_edu.training.loop import Stage, StepResult, check_finite, optimise
 from ldm_edu.training.run import Run, SignalGuard, plot_log, provenance
-from ldm_edu.training.state import State, load_state, make_state, save_state, state_file
+from ldm_edu.training.state import State, check_fit, load_state, make_state, save_state, state_file
 
 __all__ = ["run_stage"]
 
@@ -65,10 +66,9 @@ def save_samples(run: Run, stage: Stage, state: State) -> None:
     except Exception as error:  # a training of hours is not ended by a picture
         warnings.warn(f"{stage.name}: no sample could be drawn at step {state.step} ({error})", stacklevel=2)
     if image is not None:
-        with writing(path):
-            path.parent.mkdir(exist_ok=True)
+        with run.beside(path):
             save(image.float().cpu(), path)
-    with writing(run.folder / "loss.png"):
+    with run.beside(run.folder / "loss.png"):
         plot_log(run.read_log(), run.folder / "loss.png")
 
 
@@ -77,7 +77,14 @@ def kept_average(run: Run, stage: Stage, state: State) -> nn.Module:
     run.accelerator.wait_for_everyone()
     best = state_file(run, stage.name, best=True)
     if stage.training.keep == "best" and best.exists():
-        averaged = {k.removeprefix("ema."): v for k, v in load_tensors(best).items() if k.startswith("ema.")}
+        instead = "To go on, remove it: then the last step's weights become the model"
+        try:
+            averaged = {k.removeprefix("ema."): v for k, v in load_tensors(best).items() if k.startswith("ema.")}
+            check_fit(averaged, state.ema.module.state_dict(), "the averaged weights")
+        except CheckpointError as error:
+            raise CheckpointError(f"{error}. {instead}") from error
+        except ValueError as error:
+            raise CheckpointError(f"{best} does not fit this network ({brief(error)}). {instead}") from error
         state.ema.module.load_state_dict(averaged)
     for average, trained in zip(state.ema.module.parameters(), stage.task.parameters()):
         average.requires_grad_(trained.requires_grad)  # an average is not trained, but what is made of it may be

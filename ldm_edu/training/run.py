@@ -1,12 +1,17 @@
 """Where a run lives and what it runs on: options, folder, log, device, signals."""
 
+import errno
 import json
+import math
 import os
 import platform
+import re
 import shutil
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -16,11 +21,29 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, get_available_trackers
+from accelerate.utils import broadcast_object_list
+from filelock import BaseFileLock, FileLock, Timeout
 from torch import Tensor
 
 from ldm_edu.basics import pick_device, pick_dtype
-from ldm_edu.files import atomic, leftovers, load_json, save_json, writing
-from ldm_edu.errors import LDMError
+from ldm_edu.checks import check_count, check_number
+from ldm_edu.errors import CheckpointError, LDMError
+from ldm_edu.files import (
+    atomic,
+    brief,
+    folder_for,
+    leftovers,
+    load_json,
+    load_notes,
+    parse_json,
+    place,
+    probe,
+    reading,
+    reason,
+    save_json,
+    write_text,
+    writing,
+)
 from ldm_edu.training.recipes import AnyRecipe, Training, flatten, recipe_differences
 from ldm_edu.training.recipes import recipe_from_dict, recipe_to_dict
 
@@ -53,11 +76,16 @@ class RunOptions:
     def __post_init__(self):
         if self.precision not in (None, *PRECISIONS):
             raise LDMError(f"unknown precision '{self.precision}'; known: {', '.join(PRECISIONS)}")
-        if self.every < 1:
-            raise LDMError(f"every={self.every} must be at least 1, the steps between two lines of the log")
-        if self.sample_every is not None and self.sample_every < 0:
-            raise LDMError(f"sample_every={self.sample_every} must be a number of steps, 0 for never, or None")
-        if isinstance(self.trackers, str):
+        check_count("every", self.every)
+        check_number("save_every", self.save_every, 0.0)
+        if self.sample_every is not None:
+            check_count("sample_every", self.sample_every, 0)
+        for name in ("data_dir", "cache_dir", "weights_dir"):
+            if not isinstance(getattr(self, name), str | Path | None):
+                raise LDMError(f"{name}={getattr(self, name)!r} should be a folder")
+        if not isinstance(self.device, str):
+            raise LDMError(f"device={self.device!r} should be a name, such as 'auto' or 'cpu'")
+        if isinstance(self.trackers, str) or not isinstance(self.trackers, Sequence):
             raise LDMError(f"trackers are a list of names: [{self.trackers!r}] rather than {self.trackers!r}")
         for tracker in self.trackers:
             known = sorted(str(name) for name in get_available_trackers())  # those whose packages are installed
@@ -83,6 +111,18 @@ class RunAccelerator(Accelerator):
         return cast(Tensor, self.reduce(value, how))
 
 
+def num_processes() -> int:
+    "How many processes train together, as their launcher says; `LDMError` where it says something without sense."
+    start = "start the processes with `accelerate launch`, or unset WORLD_SIZE for a single one"
+    told = os.environ.get("WORLD_SIZE", "1")
+    if not re.fullmatch("[0-9]{1,6}", told) or not int(told):
+        raise LDMError(f"the environment variable WORLD_SIZE={told!r} should be a number of processes: {start}")
+    lacking = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if int(told) > 1 and lacking:
+        raise LDMError(f"WORLD_SIZE={told} speaks of {told} processes, but {', '.join(lacking)} is not set: {start}")
+    return int(told)
+
+
 def make_accelerator(
     device: str = "auto",  # see `pick_device`
     precision: str | None = None,  # one of PRECISIONS; None: bf16 where the device computes faster in it, else fp32
@@ -91,7 +131,7 @@ def make_accelerator(
 ) -> RunAccelerator:
     "The accelerator for a device; `LDMError` for a precision that is unknown or that the device does not have."
     where = pick_device(device)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    processes = num_processes()
     if precision is None:
         # On a CPU this is decided by timing, in which several processes might disagree.
         timed = processes == 1 or where.type != "cpu"
@@ -120,6 +160,20 @@ def make_accelerator(
 # A run and its log ---------------------------------------------------------------------------------------------------
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # what a disk says that takes no more
+
+
+def read_line(text: str) -> dict[str, Any] | None:
+    "What a line of the log holds; None where the line is damaged."
+    try:
+        line = parse_json(text)
+    except ValueError:
+        return None
+    if not isinstance(line, dict) or not isinstance(line.get("stage"), str) or type(line.get("step")) is not int:
+        return None
+    return line if all(isinstance(line.get(name), int | float | None) for name in ("loss", "held_out")) else None
+
+
 @dataclass
 class Run:
     "Where a run lives, what it runs on, and what it has written so far."
@@ -129,6 +183,8 @@ class Run:
     options: RunOptions = RunOptions()
     notes: Mapping[str, str] = field(default_factory=dict)  # texts for every checkpoint: recipe and versions
     steps_before: int = 0  # of stages that are finished: a tracker counts all stages in one row
+    lock: BaseFileLock | None = None  # keeps other processes out of the folder; see `lock_run`
+    warned: set[Path] = field(default_factory=set)  # files of which a warning was given
 
     @property
     def is_main(self) -> bool:
@@ -140,45 +196,89 @@ class Run:
         "Where prepared samples are kept."
         return Path(self.options.cache_dir or self.folder / "cache")
 
+    def close(self) -> None:
+        "Let other processes into the folder."
+        if self.lock is not None:
+            self.lock.release()
+
+    def warn(self, path: Path, text: str) -> None:
+        "A warning about a file, the first time only."
+        if path not in self.warned:
+            warnings.warn(f"{text}; the training goes on", stacklevel=3)
+        self.warned.add(path)
+
+    @contextmanager
+    def beside(self, path: Path) -> Iterator[None]:
+        """What only tells of a run does not end it: a warning, once, where it cannot be drawn or written.
+
+        A full disk is the exception, for the next checkpoint would not fit on it either.
+        """
+        try:
+            with writing(path):
+                yield
+        except Exception as error:  # of whatever draws
+            if isinstance(error.__cause__, OSError) and error.__cause__.errno in FULL:
+                raise
+            self.warn(path, str(error) if isinstance(error, LDMError) else f"{path} was not written ({brief(error)})")
+
     def log(self, stage: str, step: int, **values: Any) -> None:
         "Append one line to log.jsonl, and tell the trackers."
         if self.is_main:
             path = self.folder / "log.jsonl"
-            with writing(path), open(path, "a", encoding="utf-8") as file:
-                file.write(json.dumps({"stage": stage, "step": step} | values) + "\n")
+            # JSON knows neither infinity nor what is no number.
+            finite = {name: value if _is_finite(value) else None for name, value in values.items()}
+            line = json.dumps({"stage": stage, "step": step} | finite)
+            with self.beside(path), open(path, "a", encoding="utf-8") as file:
+                file.write(line + "\n")
         if self.options.trackers:
             named = {f"{stage}/{name}": value for name, value in ({"step": step} | values).items()}
             self.accelerator.log(named, step=self.steps_before + step)
 
     def read_log(self) -> list[dict[str, Any]]:
-        "The lines of the log; a line that was cut short is left out."
+        "The lines of the log; a damaged one is left out, with a warning."
         path = self.folder / "log.jsonl"
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-        return [json.loads(line) for line in text.splitlines() if line.startswith("{") and line.endswith("}")]
+        if not os.path.lexists(path):
+            return []
+        try:
+            with reading(path, LDMError):
+                text = path.read_bytes().decode("utf-8", errors="replace")
+        except LDMError as error:
+            self.warn(path, str(error))
+            return []
+        lines = [line for line in text.split("\n") if line.strip()]
+        kept = [line for line in map(read_line, lines) if line is not None]
+        if len(kept) < len(lines):
+            self.warn(path, f"{path}: {len(lines) - len(kept)} of {len(lines)} lines are damaged and left out")
+        return kept
 
     def cut_log(self, stage: str, step: int) -> None:
         "Drop a stage's lines from after `step`: those steps will be done again."
         path = self.folder / "log.jsonl"
-        if self.is_main and path.exists():
+        if self.is_main and os.path.lexists(path):
             kept = [line for line in self.read_log() if line["stage"] != stage or line["step"] <= step]
-            with writing(path), atomic(path) as temporary:
-                temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+            with self.beside(path):
+                write_text("".join(json.dumps(line) + "\n" for line in kept), path, LDMError)
 
     def shard(self, indices: Sequence[int]) -> list[int]:
         "This process's share of a batch."
         return list(indices[self.accelerator.process_index :: self.accelerator.num_processes])
 
 
+def _is_finite(value: Any) -> bool:
+    "Is this anything but an infinite number, or one that is none?"
+    return not isinstance(value, float) or math.isfinite(value)
+
+
 def plot_log(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     "Draw every stage's loss, and its loss on held-out data where there is one, over the steps."
-    from matplotlib.figure import Figure
+    from ldm_edu.display import new_figure
 
     stages = list(dict.fromkeys(line["stage"] for line in lines))
-    figure = Figure(figsize=(5 * max(1, len(stages)), 3), dpi=100, layout="constrained")
+    figure = new_figure(figsize=(5 * max(1, len(stages)), 3), dpi=100, layout="constrained")
     for i, stage in enumerate(stages):
         axes = figure.add_subplot(1, len(stages), i + 1, title=stage, xlabel="step", yscale="log")
         for name in ("loss", "held_out"):
-            if rows := [line for line in lines if line["stage"] == stage and line.get(name, 0) > 0]:
+            if rows := [line for line in lines if line["stage"] == stage and (line.get(name) or 0) > 0]:
                 axes.plot([row["step"] for row in rows], [row[name] for row in rows], label=name)
         axes.legend(frameon=False)
     with atomic(path) as temporary:
@@ -189,9 +289,13 @@ def plot_log(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 class SignalGuard:
-    "Within `with SignalGuard() as guard`, Ctrl-C and SIGTERM only set `guard.requested`; a second one stops at once."
+    """Within `with SignalGuard() as guard`, a signal to stop only sets `guard.requested`; a second one stops at once.
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    These signals are Ctrl-C, SIGTERM, and what a terminal sends when its window is closed.
+    """
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK")  # the last one is Windows' own, which has no SIGHUP
+    SIGNALS = tuple(getattr(signal, name) for name in NAMES if hasattr(signal, name))
 
     def __init__(self):
         self.requested = False
@@ -199,8 +303,14 @@ class SignalGuard:
 
     def __enter__(self) -> "SignalGuard":
         if threading.current_thread() is threading.main_thread():  # other threads cannot catch signals
-            self.before = {number: signal.signal(number, self.note) for number in self.SIGNALS}
+            caught = [number for number in self.SIGNALS if not self.is_ignored(number)]
+            self.before = {number: signal.signal(number, self.note) for number in caught}
         return self
+
+    @staticmethod
+    def is_ignored(number: int) -> bool:
+        "Was the process started so that this signal does not stop it, as `nohup` does?"
+        return number == getattr(signal, "SIGHUP", None) and signal.getsignal(number) == signal.SIG_IGN
 
     def note(self, number: int, frame: Any) -> None:
         "The handler: the first signal is noted, the second one raises KeyboardInterrupt."
@@ -210,7 +320,7 @@ class SignalGuard:
 
     def __exit__(self, *error: Any) -> None:
         for number, handler in self.before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not Python's own
 
     def any_process(self, accelerator: RunAccelerator, step: int = 0) -> bool:
         "Has any of the processes been asked to stop? Several processes ask each other at every tenth step only."
@@ -239,23 +349,116 @@ def check_batch_size(
         )
 
 
+def checkpoint_notes(folder: Path) -> dict[str, str]:
+    "The notes of the first checkpoint in a run's folder that can be read; empty where there is none."
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            return load_notes(path)
+        except CheckpointError:  # whoever needs this one will say so
+            pass
+    return {}
+
+
+def kept_recipe(folder: Path) -> AnyRecipe | None:
+    "The recipe of the run in a folder: of recipe.json, or else of a checkpoint; None where neither is there."
+    path, notes = folder / "recipe.json", checkpoint_notes(folder)
+    if os.path.lexists(path):
+        then = "it is restored from a checkpoint" if "recipe" in notes else "the run then begins again"
+        try:
+            return recipe_from_dict(load_json(path))
+        except LDMError as error:
+            raise LDMError(f"{path} is no recipe ({error}): remove it; {then}") from error
+    try:
+        return recipe_from_dict(parse_json(notes["recipe"])) if "recipe" in notes else None
+    except ValueError:  # a checkpoint of something else
+        return None
+
+
+def kept_precision(folder: Path) -> str | None:
+    "The precision of the run in a folder: of run.json, or else of a checkpoint; None where neither says it."
+    path = folder / "run.json"
+    if not os.path.lexists(path):
+        return checkpoint_notes(folder).get("precision")
+    anew = "remove it; the precision is then that of the checkpoints"
+    try:
+        precision = load_json(path).get("precision")
+    except CheckpointError as error:
+        raise LDMError(f"{error}, or {anew}") from error
+    if precision not in PRECISIONS:
+        raise LDMError(f"{path} names no precision; known: {', '.join(PRECISIONS)}: {anew}")
+    return precision
+
+
+def chosen_precision(folder: Path, options: RunOptions) -> str | None:
+    "The precision of the options; of a run that goes on the one that it began with, perhaps on a less busy day."
+    kept = kept_precision(folder) if options.resume else None
+    if kept is not None and options.precision not in (None, kept):
+        raise LDMError(
+            f"the run in {folder} began in {kept}, and goes on in it: leave the precision out, or ask for {kept};"
+            f" a run in {options.precision} needs another folder"
+        )
+    return kept or options.precision
+
+
+def is_only_begun(folder: Path) -> bool:
+    "Does the folder hold a recipe of ours, of a run that was stopped before its data were prepared?"
+    try:
+        return (folder / "recipe.json").exists() and kept_recipe(folder) is not None
+    except LDMError:
+        return False
+
+
 def refuse_other_run(folder: Path, recipe: AnyRecipe, resume: bool) -> None:
     "`LDMError` where the folder holds a run that must not be overwritten, another run, or none that could go on."
     path = folder / "recipe.json"
-    found = [name for name in (path.name, "log.jsonl", "samples", "latents", "model") if (folder / name).exists()]
-    found += sorted(file.name for file in folder.glob("*.safetensors"))
-    if found and not resume:
-        raise LDMError(
-            f"{folder} already holds a run ({', '.join(found)}): go on with it (resume), or take another folder"
-        )
-    if resume and not path.exists():
-        raise LDMError(f"{folder} holds no run to go on with: there is no recipe.json in it")
-    now = recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe))))
-    if resume and (changed := recipe_differences(recipe_from_dict(load_json(path)), now)):
-        listed = ", ".join(f"{name} was {was!r} and is {now!r}" for name, (was, now) in changed.items())
+    done = [name for name in ("log.jsonl", "samples", "latents", "model") if os.path.lexists(folder / name)]
+    done += sorted(file.name for file in folder.glob("*.safetensors"))
+    if not resume and (done or (os.path.lexists(path) and not is_only_begun(folder))):
+        found = [path.name] * os.path.lexists(path) + done
+        can_go_on = os.path.lexists(path) or "recipe" in checkpoint_notes(folder)
+        advice = "go on with it (--resume; in Python resume=True)" if can_go_on else "remove these"
+        raise LDMError(f"{folder} already holds a run ({', '.join(found)}): {advice}, or take another folder")
+    if not resume:
+        return
+    before = kept_recipe(folder)
+    if before is None:
+        raise LDMError(f"{folder} holds no run to go on with: neither recipe.json nor a checkpoint says its recipe")
+    now = recipe_from_dict(parse_json(json.dumps(recipe_to_dict(recipe))))
+    if changed := recipe_differences(before, now):
+        listed = ", ".join(f"{name} was {was!r} and is {new!r}" for name, (was, new) in changed.items())
         raise LDMError(
             f"{path} is not the recipe as it is now ({listed}): a run goes on with the recipe that it began with"
         )
+
+
+def check_places(folder: Path, options: RunOptions) -> None:
+    "`LDMError` where something that a run writes could not be written. The folder of the run is made."
+    for name in ("model", "samples", "latents", "cache"):
+        if os.path.lexists(folder / name) and not (folder / name).is_dir():
+            raise LDMError(f"{folder / name} is no folder, but a run writes one there: move it away")
+    probe(folder / "recipe.json")
+    folder_for(Path(options.cache_dir or folder / "cache") / "any")  # a full cache need not be written to
+
+
+# Errors of file systems that have no locks: some network drives.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def lock_run(folder: Path) -> BaseFileLock | None:
+    "The lock on a run's folder, taken; `LDMError` where another process has it. None where no file can be locked."
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise LDMError(f"{folder}: another process is training in this folder: wait for it, or take another") from None
+    except (OSError, NotImplementedError) as error:
+        if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+            raise LDMError(f"{folder / '.lock'} cannot be written: {reason(error)}") from error
+        warnings.warn(
+            f"{folder} lies where files cannot be locked: start no second process that trains in it", stacklevel=2
+        )
+        return None
+    return lock
 
 
 def sweep_leftovers(folder: Path) -> None:
@@ -269,9 +472,8 @@ def sweep_leftovers(folder: Path) -> None:
 
 def write_recipe(folder: Path, recipe: AnyRecipe) -> None:
     "Write recipe.json into the folder; the folder is made if it is not there."
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        save_json(recipe_to_dict(recipe), folder / "recipe.json")
+    folder_for(folder / "recipe.json")
+    save_json(recipe_to_dict(recipe), folder / "recipe.json")
 
 
 def stage_trainings(recipe: AnyRecipe) -> list[Training]:
@@ -280,37 +482,61 @@ def stage_trainings(recipe: AnyRecipe) -> list[Training]:
     return [part.training for part in parts or [recipe]]
 
 
+def claim_folder(folder: Path, recipe: AnyRecipe, options: RunOptions, precision: str) -> BaseFileLock | None:
+    "Take a folder for a run, for the process that writes: the lock on it. Recipe and precision are written down."
+    refuse_other_run(folder, recipe, options.resume)
+    check_places(folder, options)
+    lock = lock_run(folder)
+    try:
+        if options.resume:
+            sweep_leftovers(folder)
+        write_recipe(folder, recipe)
+        save_json({"precision": precision}, folder / "run.json")
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise
+    return lock
+
+
+def together(accelerator: RunAccelerator, do: Callable[[], Any]) -> Any:
+    "What `do` gives in the main process, None in others; where it raises an LDMError, all processes do."
+    done, refused = None, None
+    try:
+        done = do() if accelerator.is_main_process else None
+    except LDMError as error:
+        if accelerator.num_processes == 1:
+            raise
+        refused = str(error)
+    if accelerator.num_processes > 1:
+        (refused,) = broadcast_object_list([refused])
+    if refused is not None:
+        raise LDMError(refused)
+    return done
+
+
 def open_run(
     recipe: AnyRecipe,
     folder: str | Path,  # of the run; made if it is not there
     options: RunOptions = RunOptions(),
 ) -> Run:
-    "Open the folder of a new run, or of one that goes on. Whatever is refused is refused before anything is written."
-    folder = Path(folder)
-    known = folder / "run.json"
-    precision = options.precision
-    if options.resume and precision is None and known.exists():
-        precision = load_json(known).get("precision")  # it was chosen by timing, perhaps on a busier day
-        if precision not in PRECISIONS:
-            raise LDMError(f"{known} names no precision; known: {', '.join(PRECISIONS)}")
+    """Open the folder of a new run, or of one that goes on. Whatever is refused is refused before anything is written.
+
+    No other process can open it until the run is closed, or its process ends.
+    """
+    folder = place(folder)
+    precision = chosen_precision(folder, options)
     accelerator = make_accelerator(options.device, precision, options.trackers, folder)
     for training in stage_trainings(recipe):
         check_batch_size(training, accelerator.num_processes)
-
-    if accelerator.is_main_process:
-        refuse_other_run(folder, recipe, options.resume)
-        if options.resume:
-            sweep_leftovers(folder)
-        write_recipe(folder, recipe)
-        with writing(known):
-            save_json({"precision": accelerator.precision}, known)
-    accelerator.wait_for_everyone()
+    lock = together(accelerator, lambda: claim_folder(folder, recipe, options, accelerator.precision))
     if options.trackers:
         accelerator.init_trackers("ldm_edu", config=tracked(recipe))
 
-    notes = {"recipe": json.dumps(recipe_to_dict(recipe), sort_keys=True), "python": platform.python_version()}
+    notes = {"recipe": json.dumps(recipe_to_dict(recipe), sort_keys=True), "precision": accelerator.precision}
+    notes |= {"python": platform.python_version()}
     notes |= {package: version(package) for package in ("ldm_edu", "torch", "accelerate")}
-    return Run(folder, accelerator, options, notes)
+    return Run(folder, accelerator, options, notes, lock=lock)
 
 
 def tracked(recipe: AnyRecipe) -> dict[str, str | int | float | bool]:

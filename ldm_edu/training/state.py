@@ -1,7 +1,6 @@
 """All that changes while a stage is trained, and how it is kept in one file."""
 
 import math
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ldm_edu.files import atomic, load_notes, load_tensors, save_tensors, writing
 from ldm_edu.errors import CheckpointError, LDMError
+from ldm_edu.files import atomic, brief, load_notes, load_tensors, save_tensors, writing
 from ldm_edu.training.loop import EMA, Stage
 from ldm_edu.training.run import Run
 
@@ -22,6 +21,51 @@ __all__ = ["State"]
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     "The tensors whose names begin with `prefix`, under the rest of their names."
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def check_fit(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], what: str) -> None:
+    "ValueError, in one line, where named tensors have other names, shapes or number formats than those of a network."
+    for names, how in ((wanted.keys() - found.keys(), "missing"), (found.keys() - wanted.keys(), "unknown")):
+        if names:
+            others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"of {what}, '{min(names)}'{others} {'are' if others else 'is'} {how}")
+    for name, value in wanted.items():
+        got = found[name]
+        if (got.shape, got.dtype) != (value.shape, value.dtype):
+            have, want = (f"{tuple(tensor.shape)}, {tensor.dtype}" for tensor in (got, value))
+            raise ValueError(f"of {what}, '{name}' is ({have}), not ({want})")
+
+
+def check_number(found: Mapping[str, Tensor], name: str, most: float) -> float:
+    "The number of that name; ValueError where there is none from 0 to `most`."
+    if name not in found or found[name].numel() != 1 or not 0 <= found[name].item() <= most:
+        got = "missing" if name not in found else found[name].flatten()[:3].tolist()
+        raise ValueError(f"'{name}' is {got}, and should be a number from 0 to {most:g}")
+    return float(found[name])
+
+
+MOMENTS = {"step", "exp_avg", "exp_avg_sq"}  # what AdamW remembers of a weight that was trained
+
+
+def check_optimizer(
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Tensor],  # as `optimizer_tensors` names them
+    step: float,  # steps done
+    may_be_empty: bool,  # has perhaps no weight been trained yet?
+) -> None:
+    "ValueError where these are not what an AdamW remembers of these weights."
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    numbers = {name.partition(".")[0] for name in tensors}
+    if unknown := numbers - {str(i) for i in range(len(weights))}:
+        raise ValueError(f"the optimiser has no weight number {min(unknown)}")
+    if not numbers and not may_be_empty:
+        raise ValueError("the optimiser's memory is missing")
+    for number in sorted(numbers, key=int):
+        shape = weights[int(number)]
+        wanted = {f"{number}.{entry}": torch.zeros(()) if entry == "step" else shape for entry in MOMENTS}
+        found = _under(f"{number}.", tensors)
+        check_number({f"{number}.{name}": value for name, value in found.items()}, f"{number}.step", step)
+        check_fit({f"{number}.{name}": value for name, value in found.items()}, wanted, "the optimiser's memory")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -73,6 +117,22 @@ class State:
             numbers |= {f"scaler.{name}": value for name, value in self.scaler.state_dict().items()}
         return tensors | {name: torch.tensor(value, dtype=torch.float64) for name, value in numbers.items()}
 
+    def check(
+        self,
+        tensors: Mapping[str, Tensor],
+        steps: int,  # of the whole stage
+    ) -> None:
+        "ValueError, in one line, where these are not what `tensors` of a state like this one gives."
+        step = check_number(tensors, "step", float(steps))
+        if step != int(step):
+            raise ValueError(f"'step' is {step:g}, and should be a whole number")
+        check_number(tensors, "seconds", 1e12)
+        if "best" not in tensors or tensors["best"].isnan().any() or tensors["best"].numel() != 1:
+            raise ValueError("'best' is no loss on held-out data")
+        check_fit(_under("task.", tensors), self.task.state_dict(), "the weights")
+        check_fit(_under("ema.", tensors), self.ema.module.state_dict(), "the averaged weights")
+        check_optimizer(self.optimizer, _under("optimizer.", tensors), step, step == 0 or bool(self.scaler))
+
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         "Put everything back in its place."
         self.task.load_state_dict(_under("task.", tensors))
@@ -103,14 +163,11 @@ def save_state(run: Run, stage: Stage, state: State, best: bool = False) -> None
         save_tensors(tensors, newest, notes=notes)
         return
 
-    # The best state is written first; then the same file gets the name of the newest one, too.
+    # The best state is written first. The newest is a file of its own: a bad spot on the disk spoils only one.
     kept = state_file(run, stage.name, best=True)
     save_tensors(tensors, kept, notes=notes)
     with writing(newest), atomic(newest) as temporary:
-        try:
-            os.link(kept, temporary)
-        except OSError:  # a file system without links
-            shutil.copyfile(kept, temporary)
+        shutil.copyfile(kept, temporary)
 
 
 def load_state(run: Run, stage: Stage, state: State) -> None:
@@ -130,9 +187,10 @@ def load_state(run: Run, stage: Stage, state: State) -> None:
         if notes.get(name) != wanted.get(name):
             raise CheckpointError(f"{path} was made with {what}: put those back, or {anew}")
     try:
+        state.check(tensors, stage.training.steps)
         state.restore(tensors)
-    except (RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} does not fit this network ({error}). To go on, {anew}") from error
+    except (RuntimeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} does not fit this network ({brief(error)}). To go on, {anew}") from error
 
 
 def make_state(run: Run, stage: Stage) -> tuple[State, nn.Module, Any]:
