@@ -1,6 +1,7 @@
 """What every pytest run needs before anything else is imported: the notebooks under nbs/ and the tests under tests/."""
 
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,27 @@ def pytest_collection_modifyitems(config, items):
         cell.execution_count = item.cell_num + 1
         if config.getoption("--no-compare"):
             item.options["check"] = False
+
+
+def overlooked(cell) -> str | None:
+    """What went wrong in a cell of a notebook although nbval lets it pass; None where nothing did."""
+    outputs = cell.test_outputs or []
+    for output in outputs:
+        # IPython prints this, and does not run what stands below: no assertion there has been made.
+        if output.output_type == "stream" and output.name == "stderr" and re.search("^UsageError:", output.text, re.M):
+            return output.text.strip()
+    if cell.options["check_exception"] and not any(output.output_type == "error" for output in outputs):
+        return "the cell is marked as one that raises an exception, and raised none"
+    return None
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Make a cell fail in which something was overlooked."""
+    done = yield
+    if hasattr(item, "raise_cell_error") and (complaint := overlooked(item)) is not None:
+        item.raise_cell_error(complaint)
+    return done
 
 
 @pytest.fixture(scope="session", autouse=True)
