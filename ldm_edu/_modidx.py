@@ -675,6 +675,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   'ldm_edu.settings.Settings.steps': ('workshop/settings.html#settings.steps', 'ldm_edu/settings.py'),
                                   'ldm_edu.settings._capped': ('workshop/settings.html#_capped', 'ldm_edu/settings.py'),
                                   'ldm_edu.settings._caps': ('workshop/settings.html#_caps', 'ldm_edu/settings.py'),
+                                  'ldm_edu.settings._folder': ('workshop/settings.html#_folder', 'ldm_edu/settings.py'),
                                   'ldm_edu.settings._known': ('workshop/settings.html#_known', 'ldm_edu/settings.py'),
                                   'ldm_edu.settings._merged': ('workshop/settings.html#_merged', 'ldm_edu/settings.py'),
                                   'ldm_edu.settings._read_ini': ('workshop/settings.html#_read_ini', 'ldm_edu/settings.py'),

@@ -23,13 +23,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .checks import check_count, check_number, check_seed
 from .errors import LDMError
 
 # %% ../nbs/0_start/03_learning.ipynb #6e8682ed
 def set_seed(seed: int) -> None:
-    "Start the global random streams of Python, numpy and torch (all devices) at `seed`."
+    "Start the global random streams of Python, numpy and torch (all devices) at `seed`, from 0 to 2³² − 1."
+    seed = check_seed("seed", seed)
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # numpy takes 32 bits
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 # %% ../nbs/0_start/03_learning.ipynb #4bbf9df2
@@ -38,7 +40,7 @@ _DEVICES = ("auto", "cuda", "mps", "cpu")
 
 def check_device_name(name: str) -> str:
     "`name`, if it could be a device: auto, cuda, mps, cpu, or a numbered GPU such as cuda:1; else LDMError."
-    if name not in _DEVICES and not re.fullmatch(r"cuda:[0-9]+", name):
+    if not isinstance(name, str) or (name not in _DEVICES and not re.fullmatch(r"cuda:[0-9]{1,3}", name)):
         raise LDMError(f"unknown device '{name}'; known: {', '.join(_DEVICES)}")
     return name
 
@@ -166,6 +168,8 @@ def fit(
     betas: tuple[float, float] = (0.9, 0.999),  # of AdamW's running means of the gradient and of its square
 ) -> list[float]:  # the loss at every step
     "Train with AdamW, one batch a step; LDMError at a loss that is not finite, before the weights are changed."
+    check_count("steps", steps, 0)
+    check_number("lr", lr, 0.0)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, betas=betas)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: pace(step, steps) if decay else 1.0)
     losses = []

@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .basics import check_device_name
+from .checks import MOST_SEED
 from .errors import LDMError
+from .files import brief, read_text
 
 # %% ../nbs/workshop/settings.ipynb #b10181c9
 PROFILES: dict[str, dict[str, int | None]] = {
@@ -60,9 +62,9 @@ def _read_ini(path: Path) -> dict[str, dict[str, str]]:
     "The sections of an ini file, as plain dicts."
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",))
     try:
-        parser.read_string(path.read_text(encoding="utf-8"), source=path.name)
-    except (configparser.Error, OSError, UnicodeDecodeError) as error:
-        raise LDMError(f"{path} cannot be read as an ini file: {error}") from error
+        parser.read_string(read_text(path, LDMError), source=path.name)
+    except (configparser.Error, LDMError) as error:
+        raise LDMError(f"{path} cannot be read as an ini file: {brief(error)}") from error
     return {name: dict(parser[name]) for name in parser.sections()}
 
 # %% ../nbs/workshop/settings.ipynb #853e1cc0
@@ -73,7 +75,7 @@ def find_settings(
     start = Path(start or ".").resolve()
     for folder in (start, *start.parents):
         path = folder / "settings.ini"
-        if path.is_file() and "ldm_edu" in (sections := _read_ini(path)):
+        if os.path.lexists(path) and "ldm_edu" in (sections := _read_ini(path)):
             return folder, sections
     return start, {}
 
@@ -86,11 +88,21 @@ def _known(what: str, value: str, known: Iterable[str]) -> str:
     return value
 
 
-def _whole(what: str, value: str, least: int) -> int:
-    "`value` as an integer of at least `least`."
-    if not re.fullmatch(r"[0-9]+", value) or int(value) < least:
-        raise LDMError(f"{what} should be a whole number of at least {least}, not '{value}'")
-    return int(value)
+def _whole(what: str, value: str, least: int, most: int | None = None) -> int:
+    "`value` as an integer of at least `least`, and at most `most`."
+    number = int(value) if re.fullmatch(r"[0-9]{1,18}", value) else None
+    if number is None or number < least or (most is not None and number > most):
+        bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise LDMError(f"{what} should be a whole number {bounds}, not '{value:.40}'")
+    return number
+
+
+def _folder(what: str, value: str, base: Path) -> Path:
+    "A folder that is counted from another one; `~` is the home folder."
+    try:
+        return (base / Path(value).expanduser()).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: ~ and the name of nobody
+        raise LDMError(f"{what}={value!r} is no name of a folder: {brief(error)}") from error
 
 # %% ../nbs/workshop/settings.ipynb #0a66b378
 def _caps(profile: str, section: Mapping[str, str]) -> dict[str, int | None]:
@@ -126,9 +138,9 @@ def load_settings(
     return Settings(
         profile=profile,
         dataset=_known("dataset", values["dataset"], _DATASETS),
-        data_dir=(folder / Path(values["data_dir"]).expanduser()).resolve(),
-        weights_dir=(folder / Path(values["weights_dir"]).expanduser()).resolve(),
+        data_dir=_folder("data_dir", values["data_dir"], folder),
+        weights_dir=_folder("weights_dir", values["weights_dir"], folder),
         device=check_device_name(values["device"]),
-        seed=_whole("seed", values["seed"], 0),
+        seed=_whole("seed", values["seed"], 0, MOST_SEED),
         **_caps(profile, sections.get(profile, {})),
     )

@@ -89,6 +89,16 @@ def test_environment_over_file_over_defaults(ini, tmp_path):
         ("[ldm_edu]\n[laptop]\nmax_step = 3\n", "max_step"),
         ("[ldm_edu]\n[laptop]\nmax_steps = many\n", "max_steps"),
         ("[ldm_edu]\n[laptop]\nmax_images = 0\n", "max_images"),
+        ("[ldm_edu]\nseed = 4294967296\n", "seed should be a whole number from 0 to 4294967295, not '4294967296'"),
+        ("[ldm_edu]\nseed = " + "9" * 5000 + "\n", "seed should be a whole number from 0 to 4294967295, not '9{40}'"),
+        (
+            "[ldm_edu]\n[laptop]\nmax_steps = " + "9" * 5000 + "\n",
+            "max_steps .* should be a whole number of at least 1",
+        ),
+        ("[ldm_edu]\ndevice = cuda:" + "9" * 5000 + "\n", "auto, cuda, mps, cpu"),
+        ("[ldm_edu]\ndata_dir = ~no such user/data\n", "data_dir='~no such user/data' is no name of a folder"),
+        ("[ldm_edu]\nweights_dir = ~no such user\n", "weights_dir='~no such user' is no name of a folder"),
+        ("[ldm_edu]\ndata_dir = a\0b\n", "data_dir='a.x00b' is no name of a folder"),
     ],
 )
 def test_a_faulty_file_is_refused_and_the_fault_named(ini, text, said):
@@ -96,7 +106,30 @@ def test_a_faulty_file_is_refused_and_the_fault_named(ini, text, said):
         ini(text)
 
 
-@pytest.mark.parametrize("name, value", [("PROFILE", "CI"), ("DATASET", "x"), ("DEVICE", "tpu"), ("SEED", "one")])
+def test_the_mark_that_some_editors_put_in_front_is_no_fault(ini):
+    assert ini(b"\xef\xbb\xbf[ldm_edu]\nseed = 3\n").seed == 3
+
+
+@pytest.mark.parametrize("text", ["profile = laptop\n", "[ldm_edu\nseed = 1\n", "[ldm_edu]\nseed\n"])
+def test_a_faulty_file_is_one_line(ini, text):
+    with pytest.raises(LDMError) as error:
+        ini(text)
+    assert len(str(error.value).splitlines()) == 1
+
+
+def test_a_folder_or_a_loop_in_the_place_of_the_file_is_reported(tmp_path):
+    (tmp_path / "a" / "settings.ini").mkdir(parents=True)
+    with pytest.raises(LDMError, match=r"settings.ini cannot be read as an ini file: .* a folder stands in its place"):
+        load_settings(tmp_path / "a", env={})
+    (tmp_path / "settings.ini").symlink_to("settings.ini")
+    with pytest.raises(LDMError, match=r"settings.ini cannot be read as an ini file: .* a link leads back to itself"):
+        load_settings(tmp_path, env={})
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [("PROFILE", "CI"), ("DATASET", "x"), ("DEVICE", "tpu"), ("SEED", "one"), ("DATA_DIR", "~no such user")],
+)
 def test_a_faulty_variable_is_refused(name, value, tmp_path):
     with pytest.raises(LDMError, match=value):
         load_settings(tmp_path, {f"LDM_EDU_{name}": value})
@@ -183,11 +216,20 @@ def test_set_seed_starts_every_stream():
     def draw():
         return random.random(), np.random.rand(), torch.rand(1).item()
 
-    for seed in (0, 1, 2**40):
+    for seed in (0, 1, 2**32 - 1):
         set_seed(seed)
         first = draw()
         set_seed(seed)
         assert draw() == first
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**40, 1.5, "1", None, True])
+def test_a_seed_that_some_generator_could_not_take_is_refused(seed):
+    """2⁴⁰ would draw what 0 draws, on a CPU."""
+    state = torch.get_rng_state()
+    with pytest.raises((LDMError, TypeError), match="seed"):
+        set_seed(seed)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_static_unless_there_is_a_kernel(monkeypatch):
@@ -253,6 +295,15 @@ def test_modes_and_frozen_parameters_stay():
     after = model.state_dict()
     assert [part.training for part in model] == [True, False, True]
     assert torch.equal(before["0.weight"], after["0.weight"]) and not torch.equal(before["2.weight"], after["2.weight"])
+
+
+@pytest.mark.parametrize(
+    "wrong, message", [({"steps": -1}, "steps=-1"), ({"lr": -1.0}, "lr=-1.0"), ({"lr": math.nan}, "lr=nan")]
+)
+def test_numbers_that_nothing_can_be_trained_with_are_named(wrong, message):
+    model = nn.Linear(3, 1)
+    with pytest.raises(LDMError, match=message):
+        fit(model, lambda x: model(x).mean(), [torch.ones(2, 3)], **wrong)
 
 
 def test_no_steps_are_no_steps():
