@@ -2,6 +2,7 @@
 
 __version__ = "0.1.0"
 
+from ldm_edu import start  # noqa: F401  before anything that takes long
 from ldm_edu.errors import CheckpointError, DataError, DownloadError, LDMError
 from ldm_edu.basics import pick_device, set_seed
 from ldm_edu.settings import load_settings

@@ -1,6 +1,11 @@
 """`ldm-edu`: demonstration, recipes, training, sampling, evaluation and downloads without a notebook."""
 
+import codecs
+import errno
 import importlib
+import io
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -8,6 +13,8 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Mapping
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,17 +24,19 @@ from jaxtyping import Float
 from torch import Tensor
 from typer.core import TyperGroup
 
+from ldm_edu.start import let_ctrl_c_end
 from ldm_edu.basics import pick_device
-from ldm_edu.files import load_json, save_json
+from ldm_edu.checks import MOST_SEED, check_count, check_number
 from ldm_edu.data.download import TERMS, accept_terms, dataset_folder, download_celeba, download_coco, terms_accepted
 from ldm_edu.data.registry import open_dataset
-from ldm_edu.display import grid, save, to_pil
+from ldm_edu.display import grid, new_figure, save, to_pil
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.features import ToyFeatures
 from ldm_edu.evaluation.judge import SceneReader, reader_accuracy
 from ldm_edu.evaluation.metrics import LPIPS
 from ldm_edu.evaluation.prompts import captions_of, choose_scale, score_prompts
 from ldm_edu.evaluation.reconstruction import score_first_stage
+from ldm_edu.files import atomic, brief, load_json, place, probe, reason, save_json, writing
 from ldm_edu.first_stage.quantization import load_first_stage
 from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.settings import load_settings
@@ -38,18 +47,98 @@ from ldm_edu.training.run import RunOptions
 __all__ = ["app"]
 
 
+# --- What is printed, and where ---
+
+# What is printed for a character that the output's code page lacks: one of Windows, for instance, into a file.
+_PLAINER = {"²": "^2", "±": "+-", "…": "...", "–": "-", "−": "-", "×": "x", "’": "'"}
+
+
+def _plainer(error: UnicodeError) -> tuple[str, int]:
+    "The handler of characters that cannot be encoded: plainer ones, and where to go on."
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAINER.get(letter, "?") for letter in error.object[error.start : error.end]), error.end
+
+
+codecs.register_error("ldm-edu", _plainer)
+
+
+def _prepare_streams() -> None:
+    "Streams that were closed become empty ones, and no character ends a command because it cannot be printed."
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="ldm-edu")
+
+
+def _mute(stream: Any) -> None:
+    "What is still to be written to a stream goes nowhere, so that Python can end without an error."
+    with suppress(OSError, ValueError):  # a stream that is no file
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def _say(text: str) -> None:
+    "Print a line of a training, which does not end because nobody reads it or because the disk is full there."
+    try:
+        typer.echo(text)
+    except OSError as error:
+        _mute(sys.stdout)
+        with suppress(OSError):
+            typer.echo(f"ldm-edu: nothing more can be printed ({reason(error)}); the training goes on", err=True)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    "Is this what Python, NumPy or torch raises where there is not enough memory?"
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    words = "not enough memory|allocate memory|out of memory|bad_alloc"
+    return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
+
+
+def _explained(error: Exception) -> str | None:
+    "What went wrong, in one line; None for an error that nobody expected, whose traceback is wanted."
+    if isinstance(error, LDMError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno != errno.EPIPE:
+        return f"{error.filename or 'the output'} cannot be read or written: {reason(error)}"
+    if _is_out_of_memory(error):
+        return f"there is not enough memory for this: ask for fewer or smaller images at a time ({brief(error)})"
+    return None
+
+
 class _Commands(TyperGroup):
-    "The commands; an LDMError is printed as one line, with exit status 1, instead of a traceback."
+    "The commands; what a user can mend is printed as one line, with exit status 1, instead of a traceback."
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        _prepare_streams()
+        let_ctrl_c_end(at_once=False)
+        return super().main(*args, **kwargs)
 
     def invoke(self, ctx: Any) -> None:
         try:
             super().invoke(ctx)
-        except LDMError as error:
-            typer.secho(f"ldm-edu: {error}", fg="red", err=True)
+        except Exception as error:
+            told = _explained(error)
+            if told is None:
+                raise
+            if isinstance(error, OSError) and error.filename is None:
+                _mute(sys.stdout)
+            with suppress(OSError):
+                typer.secho(f"ldm-edu: {told}", fg="red", err=True)
             raise typer.Exit(1) from error
 
 
 app = typer.Typer(cls=_Commands, add_completion=False, no_args_is_help=True, pretty_exceptions_show_locals=False)
+
+
+def _show_version(wanted: bool) -> bool:
+    "Print the version and stop, if that was asked for."
+    if wanted:
+        typer.echo(f"ldm-edu {version('ldm_edu')}")
+        raise typer.Exit
+    return wanted
 
 
 @app.callback()
@@ -60,11 +149,16 @@ def about(
             "--import", help="module of your own to import first: its conditioners and recipes are known then"
         ),
     ] = None,
+    show_version: Annotated[
+        bool, typer.Option("--version", help="print the version and stop", callback=_show_version, is_eager=True)
+    ] = False,
 ) -> None:
     "Latent diffusion, rebuilt from the paper up: sample, train, evaluate, learn."
     if modules:
         sys.path.insert(0, "")  # a module in this folder
     for name in modules or ():
+        if not all(part.isidentifier() for part in name.split(".")):
+            raise LDMError(f"--import {name}: this is no name of a module; in Python it would follow `import`")
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -82,11 +176,28 @@ def _chosen_device(name: str | None) -> torch.device:
 
 
 def _png(out: Path) -> Path:
-    "`out`, with its folder created; LDMError where the name does not end in .png."
+    "`out`, with its folder created; LDMError where the name does not end in .png, or where no file can be written."
     if out.suffix.lower() != ".png":
         raise LDMError(f"--out {out}: images are saved as PNG, so the name should end in .png")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    return out
+    return probe(out)
+
+
+# More than anybody needs; with more than that memory would end, not the option be refused.
+_MOST_IMAGES, _MOST_SIZE, _MOST_SCALE = 10_000, 2048, 1000.0
+_MOST_NUMBERS = 2**30  # of all images that are held at once: 4 GiB
+_FRESH_SPLITS = ("validation", "test", "unseen_pairs")  # those that nothing is trained on
+
+
+def _check_sampling(steps: int, scale: float = 1.0) -> None:
+    "LDMError where these are no numbers to sample with."
+    check_count("--steps", steps)
+    check_number("--scale", scale, -_MOST_SCALE, _MOST_SCALE)
+
+
+def _check_split(split: str) -> None:
+    "LDMError for a split on which a model was trained, or that does not exist."
+    if split not in _FRESH_SPLITS:
+        raise LDMError(f"--split {split}: a model is judged by what it has not seen: {', '.join(_FRESH_SPLITS)}")
 
 
 # --- Sampling ---
@@ -114,6 +225,9 @@ def sample(
     out: Out = Path("sample.png"),
 ) -> None:
     "Sample images from a trained model, for captions where it takes any, and save them as one PNG."
+    _check_sampling(steps, scale)
+    count = len(prompts or ()) or 1 if n is None else check_count("--n", n, 1, _MOST_IMAGES)
+    check_count("--seed", seed, 0, MOST_SEED + 1 - count)
     out = _png(out)
     diffusion = LatentDiffusion.from_pretrained(model).to(_chosen_device(device))
     captions = prompts[0] if prompts and len(prompts) == 1 else prompts or None
@@ -198,10 +312,10 @@ def train(
     if max_steps is not None:
         chosen = chosen.shortened(max_steps)
     settings = load_settings()
-    out = out or Path("runs") / recipe
+    out = place(out or Path("runs") / recipe)
     options = RunOptions(
-        data_dir=data_dir or settings.data_dir,
-        cache_dir=cache_dir or settings.data_dir / "cache",
+        data_dir=place(data_dir or settings.data_dir),
+        cache_dir=place(cache_dir or settings.data_dir / "cache"),
         weights_dir=settings.weights_dir,
         device=device or settings.device,
         precision=precision,
@@ -210,17 +324,17 @@ def train(
         compile=compile,
         channels_last=channels_last,
         trackers=tracker or (),
-        log_fn=None if sys.stderr.isatty() else typer.echo,
+        log_fn=None if sys.stderr.isatty() else _say,
     )
     began = time.monotonic()
     try:
         train_recipe(chosen, out, options)
     except KeyboardInterrupt as stopped:
         line = shlex.join([*_typed(sys.argv[1:]), "--resume"])
-        typer.echo(f"\n{stopped or 'stopped'}\nThis command continues the run:\n  {line}")
+        _say(f"\n{stopped or 'stopped'}\nThis command continues the run:\n  {line}")
         raise typer.Exit(130) from None
     use = f": `ldm-edu sample --model {out / 'model'}` samples from it" if isinstance(chosen, Recipe) else ""
-    typer.echo(f"trained in {time.monotonic() - began:.0f} s, {out / 'model'}{use}")
+    _say(f"trained in {time.monotonic() - began:.0f} s, {out / 'model'}{use}")
 
 
 # --- Evaluation ---
@@ -251,21 +365,26 @@ def evaluate(
     device: Device = None,
 ) -> None:
     "Measure how many captions of toy scenes a model draws correctly, as the judge reads its images."
+    _check_sampling(steps, scale)
+    _check_split(split)
+    captions = captions_of(split, n)
+    if write and not (place(model) / "config.json").is_file():
+        raise LDMError(f"--write: {model} is no folder of a model, and the shipped checkpoints are not changed")
+    if write:
+        probe(place(model) / "config.json")
     diffusion = LatentDiffusion.from_pretrained(model).to(_chosen_device(device))
     reader = SceneReader.from_pretrained("scene-reader")
-    if write and not Path(model).is_dir():
-        raise LDMError(f"--write: {model} is no folder, and the shipped checkpoints are not changed")
     tried = {}
     if choose:
         scale, tried = choose_scale(diffusion, reader, n=max(1, n // 2), steps=steps)
         for value, accuracy in tried.items():
             typer.echo(f"validation, scale {value:g}: {accuracy.prompts}")
-    score = score_prompts(diffusion, reader, captions_of(split, n), scale, steps)
+    score = score_prompts(diffusion, reader, captions, scale, steps)
     typer.echo(f"{split}, {n} captions, scale {scale:g}, {steps} DDIM steps\n{score}")
     if write:
         validation = {str(value): accuracy.prompts.share for value, accuracy in tried.items()}
         scores = {"scale": scale, "steps": steps, "validation": validation, split: score.rows()}
-        _write_scores(Path(model), scores)
+        _write_scores(place(model), scores)
 
 
 def _perceptual_distance(weights_dir: Path, device: torch.device) -> tuple[Any, str]:
@@ -292,11 +411,15 @@ def reconstruct(
     out: Annotated[Path | None, typer.Option(help="PNG file for eight images and their reconstructions")] = None,
 ) -> None:
     "Measure how well a first stage reconstructs images that it was not trained on."
+    _check_split(split)
+    check_count("--size", size, 1, _MOST_SIZE)
     settings = load_settings()
     where = _chosen_device(device)
-    first_stage = load_first_stage(model).to(where)
     out = out and _png(out)
-    data: Any = open_dataset(dataset, data_dir or settings.data_dir, split, size)
+    data: Any = open_dataset(dataset, data_dir and place(data_dir) or settings.data_dir, split, size)
+    if min(n, len(data)) * 3 * size**2 > _MOST_NUMBERS:
+        raise LDMError(f"--n {n}, --size {size}: so many images of that size need more than 4 GiB: take fewer")
+    first_stage = load_first_stage(model).to(where)
     images = torch.stack([data[i]["image"] for i in range(min(n, len(data)))]).to(where)
     distance, name = _perceptual_distance(settings.weights_dir, where)
     scores = score_first_stage(first_stage, images, distance)
@@ -343,11 +466,9 @@ def _demo_figure(
     out: Path,
 ) -> None:
     "Save a table of images: a row for each caption, a column for each guidance scale, and one for the small model."
-    from matplotlib.figure import Figure
-
     columns = {f"scale {scale:g}": images for scale, images in shipped.items()} | {title: scratch}
     rows = len(_CAPTIONS)
-    figure = Figure(figsize=(2 * len(columns), 2.15 * rows), dpi=80, layout="constrained")
+    figure = new_figure(figsize=(2 * len(columns), 2.15 * rows), dpi=80, layout="constrained")
     for i, caption in enumerate(_CAPTIONS):
         for j, (name, images) in enumerate(columns.items()):
             axes = figure.add_subplot(rows, len(columns), i * len(columns) + j + 1, xticks=[], yticks=[])
@@ -355,7 +476,8 @@ def _demo_figure(
             axes.set_title(name if i == 0 else "", fontsize=9)
             if j == 0:
                 axes.set_ylabel(textwrap.fill(caption, 22), fontsize=8)
-    figure.savefig(out)
+    with writing(out), atomic(out) as temporary:
+        figure.savefig(temporary, format="png")
 
 
 @app.command()
@@ -366,6 +488,7 @@ def demo(
     train_steps: Annotated[int | None, typer.Option(min=1, help="upper limit of training steps for each stage")] = None,
 ) -> None:
     "Sample from the shipped model, train a small one from nothing in a minute or two, and save both results."
+    _check_sampling(steps)
     where = _chosen_device(device)
     out = _png(out)
     scales = ", ".join(f"{scale:g}" for scale in _SCALES)

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "ldm_edu"
 # A module may import from its own room and from rooms with a smaller number; docs/design.md has the same as a table.
 LEVELS = {
     "errors": 0,
+    "start": 0,
     "files": 1,
     "checks": 1,
     "layers": 2,

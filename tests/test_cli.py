@@ -7,9 +7,11 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from ldm_edu import LatentDiffusion
@@ -185,3 +187,238 @@ def test_a_module_of_ones_own_is_imported_first(tmp_path):
     assert done.returncode == 1 and "class 'Shouted' is not known" in done.stderr and "Traceback" not in done.stderr
     done = typed("--import", "nowhere", "recipes")
     assert done.returncode == 1 and "--import nowhere: No module named 'nowhere'" in done.stderr
+
+
+# What is refused before the work -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Nothing is loaded, drawn or trained: whoever tries fails."""
+
+    def work(*_, **__):
+        raise AssertionError("worked before it was known where the result goes")
+
+    for name in ("load_first_stage", "train_recipe", "score_prompts", "ToyFeatures.from_pretrained"):
+        monkeypatch.setattr(f"ldm_edu.cli.{name}", work)
+    monkeypatch.setattr("ldm_edu.cli.LatentDiffusion.from_pretrained", work)
+
+
+def one_line(result) -> str:
+    assert result.exit_code == 1 and isinstance(result.exception, SystemExit), result.output
+    assert result.output.startswith("ldm-edu: ") and len(result.output.strip().splitlines()) == 1, result.output
+    return result.output.strip()
+
+
+@pytest.mark.parametrize("command", [("sample", PROMPT), ("demo",), ("reconstruct",)], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "out, said",
+    [
+        ("folder.png", "a folder stands in its place"),
+        ("file/x.png", "a file stands where a folder is needed"),
+        ("/proc/x.png", "cannot be written"),
+        ("/dev/null/x.png", "a file stands where a folder is needed"),
+        ("x" * 300 + ".png", "the name is too long"),
+        ("loop/x.png", "cannot be written"),
+        ("~no such user/x.png", "is no name that a file can have"),
+        ("x.jpg", "should end in .png"),
+    ],
+    ids=["folder", "in a file", "proc", "null", "long", "loop", "home", "jpg"],
+)
+def test_a_place_that_cannot_be_written_is_found_before_the_work(command, out, said, no_work, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("something")
+    (tmp_path / "loop").symlink_to("loop")
+    assert said in one_line(run(*command, "--device", "cpu", "--out", out))
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        *((["sample", PROMPT, "--scale", x], f"--scale={x} should be a finite number") for x in ("nan", "inf", "-inf")),
+        (["sample", PROMPT, "--scale", "1e39"], "--scale=1e+39 should be a finite number, at least -1000"),
+        (["sample", PROMPT, "--steps", "0"], "--steps=0 should be a whole number, at least 1"),
+        (["sample", PROMPT, "--n", "0"], "--n=0 should be a whole number"),
+        (["sample", PROMPT, "--n", "1000000000"], "--n=1000000000 should be a whole number, 1 to 10000"),
+        (["sample", PROMPT, "--seed", "-1"], "--seed=-1 should be a whole number, 0 to 4294967295"),
+        (["sample", PROMPT, "--seed", str(2**64)], "--seed=18446744073709551616 should be"),
+        (["sample", PROMPT, "--seed", str(2**32 - 1), "--n", "2"], "--seed=4294967295 should be"),
+        (["evaluate", "--scale", "nan", "--write"], "--scale=nan should be a finite number"),
+        (["evaluate", "--n", "1000000000"], "n=1000000000: split 'test' has 1 to 50000 captions"),
+        (["evaluate", "--steps", "-3"], "--steps=-3 should be a whole number"),
+        (["evaluate", "--split", "train"], "--split train: a model is judged by what it has not seen: validation, "),
+        (["evaluate", "--write"], "--write: toy-text2image is no folder of a model"),
+        (["reconstruct", "--split", "train"], "--split train: a model is judged by what it has not seen"),
+        (["reconstruct", "--size", "100000"], "--size=100000 should be a whole number, 1 to 2048"),
+        (["reconstruct", "--size", "2048"], "--n 256, --size 2048: so many images of that size need more than 4 GiB"),
+        (["reconstruct", "--dataset", "folder", "--data-dir", "~no such user"], "is no name that a file can have"),
+        (["demo", "--steps", "0"], "--steps=0 should be a whole number"),
+        (["train", "toy-demo", "--out", "~no such user/a"], "is no name that a file can have"),
+        (["train", "toy-demo", "--out", "x" * 300], "the name is too long"),
+        (["--import", ".relative", "recipes"], "--import .relative: this is no name of a module"),
+        (["--import", "", "recipes"], "this is no name of a module"),
+    ],
+)
+def test_a_number_or_name_without_sense_is_refused_before_the_work(words, said, no_work, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert said in one_line(run(*words))
+    assert not list(tmp_path.iterdir())
+
+
+def test_scores_that_could_not_be_written_are_not_measured(no_work, tmp_path, monkeypatch):
+    shutil.copytree(PRETRAINED / "toy-text2image", tmp_path / "model")
+    monkeypatch.setattr("ldm_edu.files.atomic", refuse_to_write)
+    words = "evaluate", tmp_path / "model", "--write", "--n", 2
+    assert f"{tmp_path / 'model' / 'config.json'} cannot be written: no permission" in one_line(run(*words))
+
+
+def refuse_to_write(*_, **__):
+    """What a folder of somebody else's says."""
+    raise PermissionError(13, "Permission denied")
+
+
+def test_the_home_folder_is_found_where_no_shell_has_done_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    result = run("sample", PROMPT, "--steps", 1, "--device", "cpu", "--out", "~/a/x.png")
+    assert result.exit_code == 0 and (tmp_path / "a" / "x.png").is_file() and not (tmp_path / "~").exists()
+
+
+def test_a_result_that_is_there_stays_whole_where_a_new_one_cannot_be_written(tmp_path, monkeypatch):
+    out = tmp_path / "demo.png"
+    out.write_bytes(b"yesterday's")
+
+    def half(self, path, **_):
+        Path(path).write_bytes(b"to")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ldm_edu.cli._SCALES", (1.0,))
+    monkeypatch.setattr("ldm_edu.cli.train_recipe", lambda *_, **__: LatentDiffusion.from_pretrained("toy-text2image"))
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
+    result = run("demo", "--steps", 1, "--device", "cpu", "--out", out)
+    assert result.exit_code == 1 and "demo.png cannot be written: the disk is full: make room" in result.output
+    assert out.read_bytes() == b"yesterday's" and [path.name for path in tmp_path.iterdir()] == ["demo.png"]
+
+
+# Errors of the system, and bugs --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "error, said",
+    [
+        (OSError(28, "No space left on device", "a/b.bin"), "a/b.bin cannot be read or written: the disk is full"),
+        (PermissionError(13, "Permission denied", "a"), "a cannot be read or written: no permission"),
+        (OSError(28, "No space left on device"), "the output cannot be read or written: the disk is full"),
+        (MemoryError(), "there is not enough memory for this: ask for fewer or smaller images at a time"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "there is not enough memory"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3 GiB"), "there is not enough memory"),
+    ],
+    ids=["disk", "permission", "output", "memory", "torch", "cuda"],
+)
+def test_what_the_system_refuses_is_one_line(error, said, monkeypatch):
+    monkeypatch.setattr("ldm_edu.cli.find_recipe", raising(error))
+    assert said in one_line(run("train", "toy-demo"))
+
+
+@pytest.mark.parametrize("bug", [RuntimeError("shapes"), KeyError("a"), TypeError("b"), ValueError("c")], ids=repr)
+def test_a_bug_is_not_hidden(bug, monkeypatch):
+    monkeypatch.setattr("ldm_edu.cli.find_recipe", raising(bug))
+    assert run("train", "toy-demo").exception is bug
+
+
+def raising(error):
+    def broken(*_, **__):
+        raise error
+
+    return broken
+
+
+# What is printed, and where it goes ----------------------------------------------------------------------------------
+
+
+def test_the_version_is_told():
+    assert run("--version").output == f"ldm-edu {version('ldm_edu')}\n"
+
+
+@pytest.mark.parametrize("charset", ["gbk", "cp1252", "ascii", "shift_jis", "koi8-r"])
+def test_no_output_dies_of_a_code_page(charset, tmp_path, monkeypatch):
+    """As Windows gives it to a file or a pipe; plainer characters are printed instead."""
+    monkeypatch.setattr("ldm_edu.cli._SCALES", (1.0,))
+    monkeypatch.setattr("ldm_edu.cli.train_recipe", lambda *_, **__: LatentDiffusion.from_pretrained("toy-text2image"))
+    monkeypatch.chdir(tmp_path)
+    quick = ["--device", "cpu", "--steps", 1]
+    commands = [
+        ["--help"],
+        *(
+            [name, "--help"]
+            for name in ("sample", "train", "evaluate", "reconstruct", "demo", "data", "lab", "recipes")
+        ),
+        ["recipes"],
+        ["sample", PROMPT, *quick, "--out", "그림 ² ± – ….png"],
+        ["sample", "그림 ±", *quick],
+        ["evaluate", "--n", 2, *quick],
+        ["reconstruct", "--n", 2, "--device", "cpu", "--out", "그림.png"],
+        ["demo", *quick],
+        ["train", "toy-demo", "--out", "그림"],
+        ["train", "±²…"],
+    ]
+    for words in commands:
+        result = CliRunner(charset=charset).invoke(app, [str(word) for word in words])
+        assert isinstance(result.exception, SystemExit | None), (words, result.exception)
+        assert result.output.strip(), words
+    told = CliRunner(charset="gbk").invoke(app, ["recipes"]).output  # in ASCII, click prints UTF-8
+    assert "drawn scenes to images of 64^2, the" in told
+
+
+def small_command(folder: Path, *words: str) -> list[str]:
+    """What trains `OWN` in a process of its own, in a second."""
+    (folder / "own_module.py").write_text(OWN)
+    command = [sys.executable, "-m", "ldm_edu", "--import", "own_module", "train", "shouted", "--device", "cpu"]
+    return [*command, "--out", "run", "--cache-dir", "cache", "--every", "1", *words]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of Unix closes the streams")
+@pytest.mark.parametrize(
+    "streams", ["2>&-", ">&-", "<&- >&- 2>&-", "> /dev/full", "2> /dev/full", "| true", "2>&1 | true"]
+)
+def test_a_training_does_not_end_because_nobody_reads_its_output(streams, tmp_path):
+    if "/dev/full" in streams and not Path("/dev/full").exists():
+        pytest.skip("no disk that is always full on this system")
+    line = f"set -o pipefail; {shlex.join(small_command(tmp_path))} {streams}"
+    done = subprocess.run(["bash", "-c", line], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and (tmp_path / "run" / "model" / "config.json").exists(), done.stderr
+    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
+    if streams in ("> /dev/full", "| true"):
+        assert done.stderr.count("ldm-edu: nothing more can be printed") == 1 and "training goes on" in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full on this system")
+def test_a_full_disk_under_the_output_is_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "ldm_edu", "recipes"], stdout=open("/dev/full", "w"), stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 1
+    assert done.stderr == "ldm-edu: the output cannot be read or written: the disk is full: make room\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals as on Unix")
+def test_ctrl_c_while_the_package_is_imported_leaves_no_traceback():
+    """A second at most has passed, and torch alone takes longer to be imported."""
+    command = [sys.executable, "-X", "importtime", "-m", "ldm_edu", "recipes"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    seen = []
+    for line in process.stderr:  # each module, when it has been imported
+        seen.append(line)
+        if line.rstrip().endswith("ldm_edu.start"):
+            process.send_signal(signal.SIGINT)
+            break
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGINT and not out and "Traceback" not in err
+
+
+def test_only_the_command_lets_ctrl_c_end_at_once():
+    code = "import signal, ldm_edu; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr
