@@ -21,7 +21,7 @@ def notebook(*cells: str) -> str:
 
 
 def test_a_cell_in_which_something_was_overlooked_fails_and_the_others_pass(pytester, root):
-    """IPython only prints a line for a misspelt magic, and skips what stands below. A promised exception has to come."""
+    """For a misspelt magic IPython prints a line, and skips what stands below. A promised exception has to come."""
     pytester.makeconftest((root / "conftest.py").read_text(encoding="utf-8"))
     for name, cells in (("good", GOOD), ("bad", BAD)):
         (pytester.path / f"{name}.ipynb").write_text(notebook(*cells), encoding="utf-8")

@@ -11,7 +11,7 @@ from ldm_edu.errors import LDMError
 from ldm_edu.files import brief
 from ldm_edu.first_stage.quantization import load_first_stage
 from ldm_edu.training.data import check_fit
-from ldm_edu.training.judge import FeaturesStage, ReaderStage
+from ldm_edu.training.judge import FeaturesStage, FeaturesTask, ReaderStage
 from ldm_edu.training.recipes import AnyRecipe, AutoencoderRecipe, FeaturesRecipe, ReaderRecipe, Recipe
 from ldm_edu.training.recipes import recipe_from_dict, recipe_to_dict
 from ldm_edu.training.resume import run_stage
@@ -42,7 +42,7 @@ def train(
     if not isinstance(recipe, AnyRecipe):
         raise LDMError(f"recipe should be a recipe, such as find_recipe('toy-demo'), not {recipe!r}")
     recipe_from_dict(recipe_to_dict(recipe))  # refuses fields of other types
-    check_weights(recipe, options)
+    check_parts(recipe, options)
     if isinstance(recipe, Recipe | AutoencoderRecipe):
         check_fit(recipe, options)
     run = open_run(recipe, folder, options)
@@ -61,13 +61,16 @@ LOST = re.compile("closed by peer|reset by peer|Broken pipe|Timed out waiting", 
 AGAIN = "start all of them again, with --resume (in Python resume=True), and the run goes on from its last checkpoint"
 
 
-def check_weights(recipe: AnyRecipe, options: RunOptions) -> None:
-    "`LDMError` where weights that a training begins with are not at hand: that is known before data are prepared."
+def check_parts(recipe: AnyRecipe, options: RunOptions) -> None:
+    "`LDMError` where a network that a training begins with cannot be had: that is known before data are prepared."
     if isinstance(recipe, Recipe | AutoencoderRecipe):
         perceptual_distance(recipe.first_stage.perceptual, options.weights_dir)
     elif isinstance(recipe, ReaderRecipe):
         for name in recipe.first_stages:
             load_first_stage(name)
+    else:
+        with torch.device("meta"):
+            FeaturesTask(recipe)
 
 
 def train_stages(recipe: AnyRecipe, run: Run) -> nn.Module:

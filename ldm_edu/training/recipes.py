@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from ..checkpoints import check_plain
-from ..checks import check_fields
+from ..checks import MOST_SEED, check_count, check_fields, check_number
 from ..data.toy.captions import VOCABULARY
 from ..diffusion.schedule import NoiseSchedule
 from ..errors import LDMError
@@ -395,6 +395,14 @@ class ReaderRecipe(Trained):
     judged_on: int = 1024  # scenes of each split on which its own errors are measured at the end
     seed: int = 0  # of initial weights, order, noise
 
+    def __post_init__(self):
+        for name, most in {"unseen_pairs": 1.0, "reconstructed": 1.0, "latent_noise": 1e3}.items():
+            check_number(name, getattr(self, name), 0.0, most)
+        for name, value in (("judged_on", self.judged_on), *(("channels", width) for width in self.channels)):
+            check_count(name, value)
+        if not self.first_stages:
+            raise LDMError("first_stages is empty: name at least one; reconstructed=0.0 sends no image through it")
+
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #da8b90c0
 SCENE_READER = ReaderRecipe(
     name="scene-reader",
@@ -413,6 +421,11 @@ class FeaturesRecipe(Trained):
     channels: tuple[int, ...] = (32, 64, 96, 128)  # of the levels
     presence: float = 10.0  # weight of a kind of thing that is in the scene; of the 48 kinds about two are
     seed: int = 0  # of initial weights, order, noise
+
+    def __post_init__(self):
+        check_number("presence", self.presence, above=0.0)
+        if self.training.images is not None:
+            check_count("training.images", self.training.images, 2)  # half of them are scenes, half are faces
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #3dc6a870
 TOY_FEATURES = FeaturesRecipe(
@@ -473,6 +486,7 @@ def _build(cls: type, values: Mapping[str, Any]) -> Any:
             value = _build(_PARTS[name], value)
         arguments[name] = tuple(value) if isinstance(value, list) else value
     check_fields(cls, arguments)
+    check_count("seed", arguments.get("seed", 0), 0, MOST_SEED - 1)  # the second stage's is one more
     return cls(**arguments)
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #d6b3500e

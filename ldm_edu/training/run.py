@@ -552,6 +552,7 @@ def provenance(run: Run, training: Training, seconds: float, scores: Mapping[str
         where = torch.cuda.get_device_name(device)
     else:
         where = f"{device.type} ({threads} thread{'s' * (threads > 1)})"
-    rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in scores.items()}
+    finite = {key: value if _is_finite(value) else None for key, value in scores.items()}  # as JSON can hold them
+    rounded = {key: round(value, 4) if isinstance(value, float) else value for key, value in finite.items()}
     how = {"steps": training.steps, "seconds": round(seconds), "device": where}
     return how | {"precision": run.accelerator.precision} | rounded

@@ -168,6 +168,8 @@ def fill_disk(folder: Path, limit: int) -> None:
 
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    import torch._dynamo  # noqa: F401  some releases of torch import it for AdamW, and write files while they do
+
     run = small_run(folder, sample_every=4, save_every=1e9)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, most))
     try:

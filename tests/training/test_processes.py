@@ -164,3 +164,28 @@ def test_two_processes_refuse_a_batch_that_they_cannot_share(tmp_path):
     told = [child.text() for child in pair]  # one may refuse and end before the other has reached it
     assert any("batch_size=3 cannot be shared by 2 processes" in text for text in told), told
     assert not folder.exists()
+
+
+def test_two_processes_refuse_a_folder_together(tmp_path):
+    """The one that looks says why, and the other one says the same instead of waiting."""
+    folder, port = tmp_path / "run", free_port()
+    folder.mkdir()
+    (folder / "log.jsonl").write_text("something")
+    pair = [
+        Child(train_as_one_of_two, folder, rank, port, tiny(), output=tmp_path / f"output{rank}") for rank in (0, 1)
+    ]
+    for child in pair:
+        assert child.wait(120) == 1 and "LDMError: " in child.text() and "already holds a run" in child.text()
+    assert sorted(path.name for path in folder.iterdir()) == ["log.jsonl"]
+
+
+def test_a_process_that_has_lost_the_other_says_so(tmp_path):
+    folder, port = tmp_path / "run", free_port()
+    pair = [
+        Child(train_as_one_of_two, folder, rank, port, tiny(2000), output=tmp_path / f"output{rank}") for rank in (0, 1)
+    ]
+    pair[0].wait_until(lambda: (folder / "log.jsonl").exists())
+    pair[1].signal(signal.SIGKILL)
+    assert pair[0].wait(120) == 1
+    told = pair[0].text().strip().splitlines()[-1]
+    assert "LDMError: another process of this run has ended" in told and "--resume" in told, pair[0].text()

@@ -339,3 +339,39 @@ def test_a_recipe_of_wrong_types_is_refused_where_it_is_trained(tmp_path):
     with pytest.raises(LDMError, match="Recipe: seed='0' should be int"):
         train(recipe, tmp_path / "run", RunOptions(device="cpu"))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "name, changes, message",
+    [
+        ("scene-reader", {"first_stages": ()}, "first_stages is empty: name at least one"),
+        ("scene-reader", {"unseen_pairs": 1.5}, "unseen_pairs=1.5 should be a finite number, at least 0 and at most 1"),
+        ("scene-reader", {"reconstructed": -0.5}, "reconstructed=-0.5 should be a finite number"),
+        ("scene-reader", {"latent_noise": float("nan")}, "latent_noise=nan should be a finite number"),
+        ("scene-reader", {"judged_on": 0}, "judged_on=0 should be a whole number, at least 1"),
+        ("scene-reader", {"channels": (32, 0, 96)}, "channels=0 should be a whole number, at least 1"),
+        ("toy-features", {"presence": 0.0}, "presence=0.0 should be a finite number, above 0"),
+        (
+            "toy-features",
+            {"training": Training(steps=1, batch_size=1, lr=1.0, images=1)},
+            "training.images=1 should be",
+        ),
+    ],
+)
+def test_numbers_that_the_judges_cannot_be_trained_with_are_named(name, changes, message):
+    with pytest.raises(LDMError, match=message):
+        replace(find_recipe(name), **changes)
+
+
+@pytest.mark.parametrize("recipe", [tiny(), tiny_autoencoder(), *map(find_recipe, ("scene-reader", "toy-features"))])
+@pytest.mark.parametrize("seed", [-1, 2**32 - 1, 2**64])
+def test_a_seed_that_some_generator_could_not_take_is_refused(seed, recipe, tmp_path):
+    with pytest.raises(LDMError, match=f"seed={seed} should be a whole number, 0 to 4294967294"):
+        train(replace(recipe, seed=seed), tmp_path / "run", RunOptions(device="cpu"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_features_that_cannot_be_built_are_refused_before_data_are_drawn(tmp_path):
+    with pytest.raises(LDMError, match="channels should be one or more multiples of 8"):
+        train(replace(find_recipe("toy-features"), channels=()), tmp_path / "run", RunOptions(device="cpu"))
+    assert not (tmp_path / "run").exists()

@@ -271,6 +271,18 @@ import os; assert os.environ["MPLBACKEND"] == "junk"
     assert (tmp_path / "loss.png").stat().st_size > 1000
 
 
+def test_a_score_that_json_does_not_know_does_not_end_a_run_at_its_end(tmp_path):
+    """Nothing named wrongly, a reconstruction without any error: after all steps, the provenance has to be written."""
+
+    class Lossless(SmallStage):
+        def validate(self, task):
+            return {"psnr": float("inf"), "accuracy": float("nan"), "held_out": 1.0}
+
+    _, how = run_stage(small_run(tmp_path), Lossless(batch_at))
+    assert (how["psnr"], how["accuracy"], how["held_out"]) == (None, None, 1.0)
+    json.dumps(how, allow_nan=False)
+
+
 # Checkpoints ---------------------------------------------------------------------------------------------------------
 
 
