@@ -226,6 +226,8 @@ def one_line(result) -> str:
     ids=["folder", "in a file", "proc", "null", "long", "loop", "home", "jpg"],
 )
 def test_a_place_that_cannot_be_written_is_found_before_the_work(command, out, said, no_work, tmp_path, monkeypatch):
+    if sys.platform == "win32" and out.startswith("/"):
+        pytest.skip("an ordinary folder on this system")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("something")

@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker, get_available_trackers
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import GradientAccumulationPlugin, broadcast_object_list
 from filelock import BaseFileLock, FileLock, Timeout
 from torch import Tensor
 
@@ -149,9 +149,18 @@ def make_accelerator(
     if where.type == "cuda" and where.index is not None:
         torch.cuda.set_device(where)
     mixed = precision if precision in ("bf16", "fp16") else "no"
-    accelerator = RunAccelerator(
-        cpu=where.type == "cpu", mixed_precision=mixed, log_with=list(trackers) or None, project_dir=folder
-    )
+    try:
+        accelerator = RunAccelerator(
+            cpu=where.type == "cpu",
+            mixed_precision=mixed,
+            log_with=list(trackers) or None,
+            project_dir=folder,
+            # Recipe and options decide these two, and no environment variable.
+            dynamo_backend="no",
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+        )
+    except ValueError as error:
+        raise LDMError(f"accelerate refuses what the environment variables say: {brief(error)}") from error
     accelerator.precision = precision
     accelerator.dtype = torch.float64 if precision == "fp64" else torch.float32
     return accelerator
@@ -232,7 +241,10 @@ class Run:
                 file.write(line + "\n")
         if self.options.trackers:
             named = {f"{stage}/{name}": value for name, value in ({"step": step} | values).items()}
-            self.accelerator.log(named, step=self.steps_before + step)
+            try:
+                self.accelerator.log(named, step=self.steps_before + step)
+            except Exception as error:  # of whatever the tracker is
+                self.warn(Path("trackers"), f"the trackers were not told ({brief(error)})")
 
     def read_log(self) -> list[dict[str, Any]]:
         "The lines of the log; a damaged one is left out, with a warning."
@@ -530,13 +542,17 @@ def open_run(
     for training in stage_trainings(recipe):
         check_batch_size(training, accelerator.num_processes)
     lock = together(accelerator, lambda: claim_folder(folder, recipe, options, accelerator.precision))
-    if options.trackers:
-        accelerator.init_trackers("ldm_edu", config=tracked(recipe))
-
     notes = {"recipe": json.dumps(recipe_to_dict(recipe), sort_keys=True), "precision": accelerator.precision}
     notes |= {"python": platform.python_version()}
     notes |= {package: version(package) for package in ("ldm_edu", "torch", "accelerate")}
-    return Run(folder, accelerator, options, notes, lock=lock)
+    run = Run(folder, accelerator, options, notes, lock=lock)
+    if options.trackers:
+        try:
+            accelerator.init_trackers("ldm_edu", config=tracked(recipe))
+        except BaseException:
+            run.close()
+            raise
+    return run
 
 
 def tracked(recipe: AnyRecipe) -> dict[str, str | int | float | bool]:

@@ -396,6 +396,28 @@ def test_a_launcher_that_says_something_without_sense_is_named(told, message, tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("ACCELERATE_DYNAMO_BACKEND", "junk"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "junk"),
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"),
+        ("ACCELERATE_MIXED_PRECISION", "junk"),
+    ],
+)
+def test_what_recipe_and_options_decide_no_environment_variable_does(name, value, tmp_path, monkeypatch):
+    """Four steps of accumulation would divide every loss by four."""
+    straight = train_small(tmp_path / "straight")
+    monkeypatch.setenv(name, value)
+    assert not differences(straight, train_small(tmp_path / "run"))
+
+
+def test_an_environment_that_accelerate_refuses_is_named(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "abc")
+    with pytest.raises(LDMError, match="accelerate refuses what the environment variables say: invalid literal"):
+        make_accelerator("cpu", "fp32")
+
+
 @pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no terminals that hang up on this system")
 def test_a_terminal_that_is_closed_stops_a_run_as_ctrl_c_does():
     before = signal.getsignal(signal.SIGHUP)

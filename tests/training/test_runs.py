@@ -287,6 +287,29 @@ def test_a_tracker_of_ones_own_gets_recipe_and_log(tmp_path):
     assert all(isinstance(value, str | int | float | bool) for value in flat.values())
 
 
+def test_a_tracker_that_fails_does_not_end_a_run(tmp_path):
+    """Its network is gone, for instance; log.jsonl has it all."""
+
+    class Offline(Notebook):
+        def log(self, values, step, **kwargs):
+            raise ConnectionError("no network")
+
+    with pytest.warns(UserWarning, match="the trackers were not told .no network.; the training goes on") as warned:
+        train_tiny(tmp_path / "run", trackers=[Offline()])
+    assert len(warned) == 1 and len((tmp_path / "run" / "log.jsonl").read_text().splitlines()) == 4
+
+
+def test_a_tracker_that_does_not_begin_leaves_the_folder_free(tmp_path):
+    class Nowhere(Notebook):
+        def store_init_configuration(self, values):
+            raise ConnectionError("no network")
+
+    with pytest.raises(ConnectionError) as error:
+        train_tiny(tmp_path / "run", trackers=[Nowhere()])
+    assert error.tb  # the traceback keeps alive what was opened
+    train_tiny(tmp_path / "run", resume=False)
+
+
 def test_the_log_function_gets_each_line_where_no_bar_is_shown(tmp_path):
     told = []
     train_tiny(tmp_path / "run", log_fn=told.append)
