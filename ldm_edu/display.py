@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ldm_edu.basics import is_static
 from ldm_edu.errors import LDMError
-from ldm_edu.files import atomic, folder_for, writing
+from ldm_edu.files import atomic, folder_for, place, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -395,7 +395,7 @@ def save(
     "Write images to a file, whole or not at all; missing folders are created."
     from PIL import Image
 
-    path, tensors = Path(path), _as_list(images)
+    path, tensors = place(path), _as_list(images)
     form = Image.registered_extensions().get(path.suffix.lower())
     if form is None:
         raise LDMError(f"`path` should end in .png or .jpg: '{path.name}'")

@@ -128,6 +128,24 @@ def test_grid_of_one_and_of_two_sizes():
         grid([torch.zeros(3, 4, 4), torch.zeros(3, 4, 5)])
 
 
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("folder.png", "folder.png cannot be written: a folder stands in its place"),
+        ("file/x.png", "file cannot be written: a file stands where a folder is needed"),
+        ("x" * 300 + ".png", "cannot be written: the name is too long"),
+        ("a\0b.png", "is no name that a file can have"),
+    ],
+    ids=["folder", "in a file", "long", "zero byte"],
+)
+def test_a_file_that_cannot_be_written_is_named(name, said, tmp_path):
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "file").write_text("something")
+    with pytest.raises(LDMError, match=said):
+        save(torch.zeros(3, 8, 8), tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+
+
 def test_save_makes_a_grid_and_wants_a_known_format(tmp_path):
     save(some(6), tmp_path / "x.jpg")
     assert Image.open(tmp_path / "x.jpg").size == tuple(grid(some(6)).shape[:0:-1])
