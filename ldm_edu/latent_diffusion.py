@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .basics import progress
 from .checkpoints import CLASS, Saved, find_checkpoint
 from .checks import MOST_SEED, check_count, check_number
-from .files import load_json, save_json, whole_folder
+from .files import brief, load_json, save_json, whole_folder
 from .conditioning.condition import Condition, Conditioner
 from .conditioning.guidance import Guidance
 from .denoiser.unet import UNet
@@ -188,10 +188,6 @@ _LOADERS: dict[str, Callable[..., Any]] = {  # folders of a checkpoint, and what
 }
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #2ab9dd2c
-from ldm_edu.checks import check_count
-from ldm_edu.files import brief
-
-
 def _entries(config: Mapping[str, Any]) -> dict[str, Any]:
     "What a config says beside the class; an error for an entry that is missing or makes no sense."
     if missing := [name for name in ("schedule", "size", "conditional") if name not in config]:

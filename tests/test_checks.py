@@ -148,11 +148,13 @@ def test_images():
     assert check_images("images", torch.zeros(1, 1, 4, 4), channels=1).shape == (1, 1, 4, 4)
 
 
-@pytest.mark.parametrize("value, shown", [(255.0, "255"), (-20.0, "20"), (math.nan, "nan"), (math.inf, "inf")])
+@pytest.mark.parametrize(
+    "value, shown", [(255.0, "0 to 255"), (-20.0, "-20 to 0"), (math.nan, "nan to nan"), (math.inf, "0 to inf")]
+)
 def test_what_is_no_image(value, shown):
     images = torch.zeros(1, 3, 2, 2)
     images[0, 0, 0, 0] = value
-    with refused(f"images should be images in [-1, 1], but holds values up to {shown}"):
+    with refused(f"images should be images in [-1, 1], but holds values from {shown}"):
         check_images("images", images)
 
 
