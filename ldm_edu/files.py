@@ -5,12 +5,13 @@ import json
 import os
 import re
 import secrets
+import shutil
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -44,10 +45,14 @@ def reason(error: Exception) -> str:
     return brief(error) if not isinstance(error, OSError) or error.strerror is None else error.strerror
 
 
+def printable(text: str) -> str:
+    "A text from elsewhere for a message: what a terminal would obey, such as an escape sequence, as backslash codes."
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 def brief(error: Exception) -> str:
-    "The message of an error in one line of at most 300 characters, without what could steer a terminal."
-    line = " ".join((str(error) or type(error).__name__).split())
-    line = "".join(character if character.isprintable() else "?" for character in line[:301])
+    "The message of an error in one line of at most 300 characters, without what a terminal would obey."
+    line = printable(" ".join((str(error) or type(error).__name__).split())[:301])
     return line if len(line) <= 300 else f"{line[:297]}..."
 
 
@@ -137,6 +142,7 @@ def probe(path: str | Path) -> Path:
 def atomic(
     path: str | Path,
     replace: bool = True,  # False: only try whether it could be written
+    sync: bool = True,  # wait for the disk? Without, thousands of small files are fast, and a power cut may empty one
 ) -> Iterator[Path]:
     """A temporary file beside `path`; it replaces `path` only if the block ends without an error.
 
@@ -154,8 +160,9 @@ def atomic(
             return
         if temporary.stat().st_mode != mode:  # safetensors makes files for their owner alone
             temporary.chmod(mode)
-        with open(temporary, "r+b") as file:  # "+": Windows refuses to flush what is open for reading
-            os.fsync(file.fileno())  # on the disk, not in some cache, before it takes the name
+        if sync:
+            with open(temporary, "r+b") as file:  # "+": Windows refuses to flush what is open for reading
+                os.fsync(file.fileno())  # on the disk, not in some cache, before it takes the name
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -318,15 +325,56 @@ def write_text(text: str, path: str | Path, error: type[LDMError] = CheckpointEr
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_bytes(content: bytes, path: str | Path, error: type[LDMError] = CheckpointError) -> None:
+    "Write bytes, whole or not at all; an error that names the file."
+    with writing(path, error), atomic(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def copy_whole(
+    source: IO[bytes],
+    path: str | Path,
+    sync: bool = True,  # see `atomic`
+) -> None:
+    "Write what is left of an open file to `path`, whole or not at all; OSError where that cannot be."
+    with atomic(path, sync=sync) as temporary, open(temporary, "wb") as sink:
+        shutil.copyfileobj(source, sink)
+
+
+@contextmanager
+def appending(
+    path: str | Path,
+    error: type[LDMError] = CheckpointError,  # what is raised
+    advice: str = "",  # behind the reason
+) -> Iterator[Callable[[bytes], None]]:
+    "A function that writes a block behind the end of a file, at once; an error that names the file."
+    with writing(path, error, advice):
+        file = open(path, "ab")
+
+    def append(block: bytes) -> None:
+        with writing(path, error, advice):
+            file.write(block)
+            file.flush()
+
+    try:
+        yield append
+    finally:
+        with writing(path, error, advice):
+            file.close()
+
+
 def _no_number(name: str) -> None:
     "What `json` calls for the words NaN and Infinity, which are no JSON."
     raise ValueError(f"{name} is no number that JSON knows")
 
 
-def parse_json(text: str) -> Any:
+def parse_json(
+    text: str | bytes,  # bytes are in UTF-8
+    nan: bool = False,  # also the words NaN and Infinity, which are no JSON, but which Python writes
+) -> Any:
     "What JSON text holds; ValueError where it is none, or nested too deeply to be read."
     try:
-        return json.loads(text, parse_constant=_no_number)
+        return json.loads(text, parse_constant=None if nan else _no_number)
     except RecursionError:
         raise ValueError("its lists and objects are nested too deeply") from None
 

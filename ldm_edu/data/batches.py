@@ -4,6 +4,7 @@
 # decides its samples.
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
@@ -46,6 +47,15 @@ def _check_size(size: int) -> None:
         raise DataError(f"size should be a number of pixels of at least 1, not {size}")
 
 
+@contextmanager
+def reading_sample(file: object) -> Iterator[None]:
+    "DataError in place of an error that would end a loop over a data set without a word, as if it had no more samples."
+    try:
+        yield
+    except (IndexError, StopIteration) as error:
+        raise DataError(f"{file} cannot be read ({type(error).__name__}: {error})") from error
+
+
 def _check_keys(keys: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     "`keys` as a tuple; DataError where they are no list of known keys, or an empty one."
     unknown = [keys] if isinstance(keys, str) else [key for key in keys if key not in known]
@@ -57,6 +67,11 @@ def _check_keys(keys: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
 def _join(key: str, values: list[Any]) -> Any:
     "What all samples have under one key: one tensor where it can be stacked, else the list."
     if all(isinstance(value, (int, float)) for value in values):
+        if too_large := [value for value in values if isinstance(value, int) and not -(2**63) <= value < 2**63]:
+            bits = too_large[0].bit_length()
+            raise DataError(
+                f"{key!r} holds a whole number of {bits} bits, and a tensor has 63 for it: keep it as a text"
+            )
         return torch.tensor(values)
     if key in RAGGED_KEYS or not all(isinstance(value, Tensor) for value in values):
         return values

@@ -1,5 +1,7 @@
 """CelebA (Liu et al., 2015), in the layout of its official files."""
 
+import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,26 +11,18 @@ import torch
 from jaxtyping import Bool
 from torch.utils.data import Dataset
 
-from ldm_edu.data.batches import _check_keys, _check_size, _check_split
+from ldm_edu.data.batches import _check_keys, _check_size, _check_split, reading_sample
 from ldm_edu.data.folders import DATA_HELP, SPLIT_SHARES, find_folder, listing_checksum, names_in_folder, split_by_name
-from ldm_edu.data.images import load_image
-from ldm_edu.data.toy.datasets import DRAWING_VERSION
+from ldm_edu.data.images import READING_VERSION, load_image
 from ldm_edu.errors import DataError
+from ldm_edu.files import read_text
 
 __all__ = ["CelebA"]
 
 
-def read_text(path: Path) -> str:
-    "A text file in UTF-8; DataError where it is missing or no text."
-    try:
-        # "sig": some editors put an invisible byte order mark in front.
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file; {DATA_HELP}") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}); a text file should stand here") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not text in UTF-8 ({error}); copy it again") from error
+def _lines(path: Path) -> list[str]:
+    "The lines of a text file in which something stands; DataError where it is missing or no text."
+    return [line for line in read_text(path, DataError, f"; {DATA_HELP}").splitlines() if line.strip()]
 
 
 def _check_unique(path: Path, names: Sequence[str], first_line: int) -> None:
@@ -47,13 +41,15 @@ def _read_attributes(
 
     DataError names the line that is wrong. A list that was cut off is found by the count in its first line.
     """
-    lines = [line for line in read_text(path).splitlines() if line.strip()]
-    if len(lines) < 2 or not lines[0].strip().isdecimal():
+    lines = _lines(path)
+    if len(lines) < 2 or not re.fullmatch("[0-9]{1,9}", lines[0].strip()):
         raise DataError(f"{path} should begin with a line with the number of files and one with the attributes' names")
     count = int(lines[0])
     if count != len(lines) - 2:
         raise DataError(f"{path} announces {count} files but lists {len(lines) - 2}: it is cut off or was changed")
     names = lines[1].split()
+    if twice := [name for i, name in enumerate(names) if name in names[:i]]:
+        raise DataError(f"{path}, line 2: the attribute {twice[0]} stands here a second time")
     files: list[str] = []
     values = bytearray()
     for number, line in enumerate(lines[2:], start=3):
@@ -70,7 +66,7 @@ def _read_partition(
     path: Path,  # a file in the form of CelebA's list_eval_partition.txt
 ) -> dict[str, str]:
     "CelebA's official split of every file; DataError names the line that is wrong."
-    rows = [line.split() for line in read_text(path).splitlines() if line.strip()]
+    rows = [line.split() for line in _lines(path)]
     splits = dict(zip("012", SPLIT_SHARES))
     for number, row in enumerate(rows, start=1):
         if len(row) != 2 or row[1] not in splits:
@@ -126,7 +122,7 @@ class CelebA(Dataset[dict[str, Any]]):
     def _splits_of(self, names: list[str]) -> list[str]:
         "The split of each of these images."
         partition = self.root / "list_eval_partition.txt"
-        if not partition.exists():
+        if not os.path.lexists(partition):  # a link that leads nowhere is no missing file: another split would be taken
             return [split_by_name(name) for name in names]
         splits = _read_partition(partition)
         unassigned = [name for name in names if name not in splits]
@@ -141,7 +137,7 @@ class CelebA(Dataset[dict[str, Any]]):
         "What decides the samples: the split, the size, the keys, and names, sizes and modification times of the files."
         return {
             "data": "CelebA",
-            "version": DRAWING_VERSION,
+            "version": READING_VERSION,
             "split": self.split,
             "size": self.size,
             "keys": list(self.keys),
@@ -149,7 +145,8 @@ class CelebA(Dataset[dict[str, Any]]):
         }
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        parts = {"attributes": self.attributes[index]}
-        if "image" in self.keys:
-            parts["image"] = load_image(self.files[index], self.size)
-        return {key: parts[key] for key in self.keys}
+        file, parts = self.files[index], {"attributes": self.attributes[index]}
+        with reading_sample(file):
+            if "image" in self.keys:
+                parts["image"] = load_image(file, self.size)
+            return {key: parts[key] for key in self.keys}

@@ -1,29 +1,26 @@
 """MS-COCO, in the layout of its official files: captions, boxes, outlines and panoptic maps."""
 
-import io
-import json
 import re
 import warnings
 import zlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm_edu.data.batches import _check_keys, _check_size, _check_split
-from ldm_edu.data.celeba import read_text
+from ldm_edu.checks import check_count
+from ldm_edu.data.batches import _check_keys, _check_size, _check_split, reading_sample
 from ldm_edu.data.folders import DATA_HELP, IMAGE_SUFFIXES, SPLIT_SHARES
-from ldm_edu.data.folders import find_folder, listing_checksum, names_in_folder, split_by_name
-from ldm_edu.data.images import _describe_error, center_box, read_image, square_tensor
-from ldm_edu.data.toy.datasets import DRAWING_VERSION
+from ldm_edu.data.folders import find_folder, listing_checksum, name_bytes, names_in_folder, split_by_name
+from ldm_edu.data.images import READING_VERSION, center_box, image_size, opened_image, read_image, square_tensor
 from ldm_edu.errors import DataError
+from ldm_edu.files import brief, printable, read_json
 
 __all__ = ["COCO", "decode_outline"]
 
@@ -76,10 +73,37 @@ def _decode(packed: list[dict[str, Any]]) -> Bool[np.ndarray, "h w k"]:
         return _pycocotools().decode(packed).astype(bool)
 
 
+def _polygon(corners: Any) -> Float[np.ndarray, "n"]:
+    "The corners of a polygon, x and y in turn, as an array; ValueError where they are something else."
+    polygon = np.array(corners)
+    if polygon.ndim != 1 or polygon.dtype.kind not in "iuf" or len(polygon) % 2:
+        raise ValueError("a polygon should have two numbers for each of its three or more corners")
+    return polygon.astype(float)
+
+
+def _is_flat(polygon: Float[np.ndarray, "n"]) -> bool:
+    "Has a polygon fewer than three corners, or is it a line along a side of the image? Nothing can be inside of it."
+    corners = polygon.reshape(-1, 2)
+    return len(corners) < 3 or bool((corners == corners[0]).all(0).any())
+
+
+def _are_empty(outline: dict[str, Any]) -> bool:
+    "Are there no run lengths, or only one, of zeros?"
+    counts, (height, width) = outline["counts"], outline["size"]
+    if not isinstance(counts, str | list) or not isinstance(height, int) or not isinstance(width, int):
+        raise TypeError("run lengths should have counts, a list or a text, and size, [height, width]")
+    if isinstance(counts, list):
+        return not counts or (not any(counts[1::2]) and sum(counts) == height * width)
+    if not re.fullmatch("[P-o]{0,6}[0-O]", counts) or not 0 < height * width < MOST_PIXELS:
+        return not counts
+    zeros = _pycocotools().frPyObjects({"counts": [height * width], "size": [height, width]}, height, width)
+    return counts == zeros["counts"].decode()
+
+
 def _decode_polygons(outline: list[Any], width: int, height: int) -> Bool[np.ndarray, "h w"]:
     "The pixels inside any of the polygons."
-    polygons = [np.asarray(polygon, dtype=float) for polygon in outline]
-    if not polygons or any(polygon.ndim != 1 or len(polygon) < 6 or len(polygon) % 2 for polygon in polygons):
+    polygons = [_polygon(corners) for corners in outline]
+    if not polygons or any(len(polygon) < 6 for polygon in polygons):
         raise ValueError("a polygon should have two numbers for each of its three or more corners")
     for polygon in polygons:
         corners = polygon.reshape(-1, 2)
@@ -119,36 +143,44 @@ def decode_outline(
     width: int,  # of the whole image
     height: int,
 ) -> Bool[np.ndarray, "h w"]:
-    """The mask of a thing from its outline in COCO's form. ValueError where the outline makes no sense.
+    """The mask of a thing from its outline in COCO's form. DataError where the outline makes no sense.
 
     Polygons are lists x1, y1, x2, y2, ... of corners. Run lengths are a list of numbers, or the text into which
     pycocotools packs them.
     """
-    if min(width, height) < 1 or width * height >= MOST_PIXELS:
-        raise ValueError(f"an image should have less than {MOST_PIXELS} pixels, not {width} x {height}")
-    if isinstance(outline, dict):
-        return _decode_runs(outline, width, height)
-    return _decode_polygons(outline, width, height)
+    width, height = check_count("width", width), check_count("height", height)
+    if width * height >= MOST_PIXELS:
+        raise DataError(f"an image should have less than {MOST_PIXELS:,} pixels, not {width} x {height}")
+    try:
+        if isinstance(outline, dict):
+            return _decode_runs(outline, width, height)
+        return _decode_polygons(outline, width, height)
+    except KeyError as error:
+        raise DataError(f"outline: run lengths should have counts and size, and it lacks {error}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise DataError(f"outline: {error}") from error
 
 
 # ---- Annotation files
 
-_FORMS = {  # what each kind of file should have
-    "captions": "`images` with id and file_name, and `annotations` with id, image_id and caption",
-    "instances": "`categories` with id and name, `images` with id, file_name, width and height, and `annotations` "
-    "with id, image_id, category_id, bbox (four numbers) and segmentation",
-    "panoptic": "`categories` with id and name, `images` with id and file_name, and `annotations` with image_id, "
-    "file_name and segments_info (each with id and category_id)",
+_FORMS = {  # of each kind of file, the lists that it should have, and what every entry of them
+    "captions": {
+        "images": "id and file_name",
+        "annotations": "id, image_id and caption (a text)",
+    },
+    "instances": {
+        "categories": "id and name",
+        "images": "id, file_name, width and height",
+        "annotations": "id, image_id, category_id (one of `categories`), bbox (four numbers) and segmentation",
+    },
+    "panoptic": {
+        "categories": "id and name",
+        "images": "id and file_name",
+        "annotations": "image_id, file_name and segments_info (each with id and category_id, one of `categories`)",
+    },
 }
-
-
-@contextmanager
-def _expected_form(path: Path, form: str) -> Iterator[None]:
-    "Turns what goes wrong inside, because a file has another form, into a DataError that names the expected form."
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise DataError(f"{path} should have {form} ({type(error).__name__}: {error})") from error
+_WRONG_FORM = (LookupError, TypeError, ValueError, AttributeError, OverflowError)
+MOST_COORDINATE = 10**9  # of a box, in pixels
 
 
 class _Things(NamedTuple):
@@ -158,6 +190,8 @@ class _Things(NamedTuple):
     height: int
     boxes: Float[np.ndarray, "k 5"]  # class from 1, left, top, right, bottom
     outlines: list[Any]  # see `decode_outline`; None for each where nobody asked for them
+    numbers: list[Any]  # the id of each annotation
+    degenerate: int  # how many were left out, because nothing can be inside of their outlines
 
 
 class _Segments(NamedTuple):
@@ -167,38 +201,159 @@ class _Segments(NamedTuple):
     classes: dict[int, int]  # of each id: 0 for unlabelled, categories from 1
 
 
-def _captions_of(image: dict, annotations: list[dict], classes: dict[int, int]) -> list[str]:
-    "The captions of one image, in the order of their ids, without line ends and repeated spaces."
-    in_order = sorted(annotations, key=lambda annotation: annotation["id"])
-    texts = [" ".join(annotation["caption"].split()) for annotation in in_order]
-    return [text for text in texts if text]
+class _Listed(NamedTuple):
+    "An entry of `images`."
+
+    number: Any
+    name: str
+    width: int  # 0 where the kind of file needs none
+    height: int
 
 
-def _things_of(image: dict, annotations: list[dict], classes: dict[int, int]) -> _Things | None:
+class _Thing(NamedTuple):
+    "An entry of `annotations` in a file of instances."
+
+    image: Any
+    number: Any
+    box: tuple[float, ...]  # class, left, top, width, height
+    outline: Any
+    is_crowd: bool
+
+
+def _told(value: Any) -> str:
+    "A value from a file for a message, at most 60 characters long."
+    return printable(repr(value))[:60]
+
+
+def _record_name(record: Any) -> str:
+    "The ids by which a person finds an entry of a list in a file again."
+    ids = {key: record.get(key) for key in ("id", "image_id", "file_name")} if isinstance(record, dict) else {}
+    told = ", ".join(f"{key} {_told(value)}" for key, value in ids.items() if value is not None)
+    return f" ({told})" if told else ""
+
+
+def _read_records(
+    path: Path,
+    content: Any,  # of the file
+    kind: str,  # one of _FORMS
+    name: str,  # of the list in it
+    read: Callable[[dict[str, Any]], Any],
+) -> list[Any]:
+    "Every entry of a list in a JSON file, as `read` returns it; DataError names the file, and the entry that is wrong."
+    form = _FORMS[kind][name]
+    if not isinstance(content, dict) or not isinstance(content.get(name), list):
+        raise DataError(f"{path} should have a list `{name}`, with {form} in every entry")
+    found = []
+    for i, record in enumerate(content[name]):
+        try:
+            found.append(read(record))
+        except _WRONG_FORM as error:
+            told = f"it lacks {error}" if isinstance(error, KeyError) else brief(error)
+            raise DataError(f"{path}: `{name}`[{i}]{_record_name(record)} should have {form}: {told}") from error
+    return found
+
+
+def _plain_name(name: Any) -> str:
+    "The last part of a file name, in front of which some programs write folders; ValueError where it leads elsewhere."
+    parts = name.replace("\\", "/").split("/")
+    if ".." in parts or not parts[0] or re.match("[A-Za-z]:", name) or parts[-1] in ("", "."):
+        raise ValueError(f"the file name {_told(name)} leads out of the folder of images")
+    return parts[-1]
+
+
+def _side(image: dict[str, Any], key: str) -> int:
+    "The width or height of an image."
+    side = image[key]
+    if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MOST_COORDINATE:
+        raise ValueError(f"{key} should be a whole number of pixels of at least 1, not {_told(side)}")
+    return side
+
+
+def _id(record: dict[str, Any], key: str) -> Any:
+    "An id, which some programs write as a text."
+    if not isinstance(record[key], int | float | str):
+        raise TypeError(f"{key} should be a number, not {_told(record[key])}")
+    return record[key]
+
+
+def _category_of(record: dict[str, Any], classes: dict[Any, int]) -> int:
+    "The class of an annotation or segment."
+    number = _id(record, "category_id")
+    if number not in classes:
+        raise ValueError(f"no category has the id {_told(number)}")
+    return classes[number]
+
+
+def _caption_of(note: dict[str, Any]) -> tuple[Any, Any, str]:
+    "The image, the number and the text of an annotation, without line ends and repeated spaces."
+    if not isinstance(note["caption"], str):
+        raise TypeError(f"a caption should be a text, not {_told(note['caption'])}")
+    return _id(note, "image_id"), _id(note, "id"), " ".join(note["caption"].split())
+
+
+def _box_of(note: dict[str, Any]) -> tuple[float, ...]:
+    "Left edge, top edge, width and height of an annotation's box."
+    box = note["bbox"]
+    if len(box) != 4 or not {int, float}.issuperset(map(type, box)):
+        raise ValueError("a box should have four numbers")
+    if max(map(abs, box)) > MOST_COORDINATE or min(box[2:]) < 0:
+        raise ValueError("the box has no proper size")
+    return tuple(map(float, box))
+
+
+def _outline_of(note: dict[str, Any]) -> list[np.ndarray] | dict[str, Any]:
+    "The outline of a thing, polygons as arrays, which take less memory than lists; [] where nothing can be inside."
+    outline = note["segmentation"]
+    if isinstance(outline, list):
+        return [polygon for polygon in map(_polygon, outline) if not _is_flat(polygon)]
+    if not isinstance(outline, dict):
+        raise TypeError(f"segmentation should be a list of polygons or run lengths, not {_told(outline)}")
+    return [] if _are_empty(outline) else outline
+
+
+def _thing_of(note: dict[str, Any], classes: dict[Any, int], outlines: bool) -> _Thing:
+    "An annotation of a thing."
+    is_crowd = bool(note.get("iscrowd"))
+    outline = _outline_of(note) if outlines and not is_crowd else None
+    box = (_category_of(note, classes), *_box_of(note))
+    return _Thing(_id(note, "image_id"), _id(note, "id"), box, outline, is_crowd)
+
+
+def _segments_of(note: dict[str, Any], classes: dict[Any, int]) -> tuple[Any, _Segments]:
+    "The image of an annotation, and its segments, which are drawn in one PNG."
+    table = {int(_id(segment, "id")): _category_of(segment, classes) for segment in note["segments_info"]}
+    return _id(note, "image_id"), _Segments(Path(_plain_name(note["file_name"])), table | {0: 0})
+
+
+def _things_in(image: _Listed, things: list[_Thing]) -> _Things | None:
     "The things of one image. Regions that stand for a whole crowd are left out: a box should mean one thing."
-    if not annotations:
+    if not things:
         return None
-    singles = [annotation for annotation in annotations if not annotation.get("iscrowd")]
-    rows = [(classes[annotation["category_id"]], *annotation["bbox"]) for annotation in singles]
-    boxes = np.array(rows, dtype=np.float32).reshape(len(rows), 5)
-    if not (boxes[:, 3:] >= 0).all() or not np.isfinite(boxes).all():
-        raise ValueError(f"a box of {image['file_name']} has no proper size")
+    singles = [thing for thing in things if not thing.is_crowd]
+    kept = [thing for thing in singles if thing.outline is None or len(thing.outline)]
+    boxes = np.array([thing.box for thing in kept], dtype=np.float32).reshape(len(kept), 5)
     boxes[:, 3:] += boxes[:, 1:3]
-    shapes = [annotation["segmentation"] for annotation in singles]
-    # Arrays take less memory than lists of numbers.
-    shapes = [[np.array(part, float) for part in shape] if isinstance(shape, list) else shape for shape in shapes]
-    return _Things(int(image["width"]), int(image["height"]), boxes, shapes)
+    outlines, numbers = [thing.outline for thing in kept], [thing.number for thing in kept]
+    return _Things(image.width, image.height, boxes, outlines, numbers, len(singles) - len(kept))
 
 
-def _segments_of(image: dict, annotations: list[dict], classes: dict[int, int]) -> _Segments | None:
-    "The segments of one image, which are drawn in one PNG."
-    if not annotations:
-        return None
-    table = {segment["id"]: classes[segment["category_id"]] for segment in annotations[0]["segments_info"]}
-    return _Segments(Path(annotations[0]["file_name"]), table | {0: 0})
+def _by_image(notes: Iterable[tuple[Any, ...]]) -> dict[Any, list[Any]]:
+    "Annotations by the image that they begin with."
+    found = defaultdict(list)
+    for note in notes:
+        found[note[0]].append(note)
+    return found
 
 
-_READERS = {"captions": _captions_of, "instances": _things_of, "panoptic": _segments_of}
+def _read_categories(path: Path, content: Any, kind: str) -> tuple[list[str], dict[Any, int]]:
+    "The names of the categories, and the class of each id, from 1: COCO's own ids have gaps."
+    if kind == "captions":
+        return [], {}
+    categories = _read_records(path, content, kind, "categories", lambda entry: (_id(entry, "id"), str(entry["name"])))
+    classes = {number: i for i, (number, _) in enumerate(categories, start=1)}
+    if len(classes) < len(categories):
+        raise DataError(f"{path} has a category twice in `categories`: their ids should all differ")
+    return [name for _, name in categories], classes
 
 
 def _read_annotations(
@@ -207,51 +362,50 @@ def _read_annotations(
     outlines: bool,  # keep the outlines of things, too? They are most of the file
 ) -> tuple[list[str], dict[str, Any]]:
     "The names of the categories, and for every file name in `images` its annotations, empty or None without any."
-    from pycocotools.coco import COCO as Index
+    content = read_json(path, DataError, f"; {DATA_HELP}")
+    sized = kind == "instances"
 
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not whole JSON ({error}); copy it again") from error
-    with _expected_form(path, _FORMS[kind]):
-        categories = [] if kind == "captions" else content["categories"]
-        classes = {category["id"]: i for i, category in enumerate(categories, start=1)}  # COCO's own ids have gaps
-        if kind == "panoptic":  # the index asks for ids; here an image has one annotation
-            content["annotations"] = [{"id": note["image_id"], **note} for note in content["annotations"]]
-        for note in content["annotations"] if kind == "instances" and not outlines else ():
-            note["segmentation"] = None
-        index: Any = Index()
-        index.dataset = {"images": content["images"], "annotations": content["annotations"]}
-        with redirect_stdout(io.StringIO()):  # it prints what it does
-            index.createIndex()
-        found = {
-            image["file_name"]: _READERS[kind](image, index.imgToAnns.get(number, []), classes)
-            for number, image in index.imgs.items()
-        }
-        names = [category["name"] for category in categories]
-    if not len(found) == len(index.imgs) == len(content["images"]):
+    def listed(entry: dict[str, Any]) -> _Listed:
+        sides = (_side(entry, "width"), _side(entry, "height")) if sized else (0, 0)
+        return _Listed(_id(entry, "id"), _plain_name(entry["file_name"]), *sides)
+
+    images = _read_records(path, content, kind, "images", listed)
+    names, classes = _read_categories(path, content, kind)
+    readers: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "captions": _caption_of,
+        "instances": lambda note: _thing_of(note, classes, outlines),
+        "panoptic": lambda note: _segments_of(note, classes),
+    }
+    notes = _by_image(_read_records(path, content, kind, "annotations", readers[kind]))
+    found = {image.name: _annotations_of(kind, image, notes.get(image.number, [])) for image in images}
+    if not len(found) == len({image.number for image in images}) == len(images):
         raise DataError(f"{path} has an image twice in `images`: numbers and file names should all differ")
     return names, found
+
+
+def _annotations_of(kind: str, image: _Listed, notes: list[Any]) -> Any:
+    "What one image has of a kind: captions in the order of their ids, things, or segments; empty or None without any."
+    if kind == "captions":
+        return [text for _, _, text in sorted(notes, key=lambda note: (isinstance(note[1], str), note[1])) if text]
+    if kind == "instances":
+        return _things_in(image, notes)
+    return notes[0][1] if notes else None
 
 
 def _read_segmentation(
     segments: _Segments,
     size: int,  # pixels along each side of the result
-) -> tuple[Int[np.ndarray, "size size"], tuple[int, int]]:
-    "The classes in the square in the middle, and width and height of the whole map."
-    try:
-        with Image.open(segments.file) as image:
-            if image.mode != "RGB":
-                raise DataError(f"should be a PNG in three colours, not in mode {image.mode}")
-            colours = np.asarray(image).astype(np.int64)
-    except Exception as error:  # Pillow reports broken files by many kinds of error
-        raise DataError(_describe_error(segments.file, error)) from error
-    ids = crop_map(colours @ (1, 256, 256**2), size)  # red + 256 green + 256^2 blue
-    known, places = np.unique(ids, return_inverse=True)
+) -> Int[np.ndarray, "size size"]:
+    "The classes in the square in the middle of a map."
+    with opened_image(segments.file) as image:
+        if image.mode != "RGB":
+            raise DataError(f"should be a PNG in three colours, not in mode {image.mode}")
+        red, green, blue = crop_map(np.moveaxis(np.asarray(image), -1, 0), size).astype(np.int64)
+    known, places = np.unique(red + 256 * green + 256**2 * blue, return_inverse=True)
     if not set(known.tolist()) <= set(segments.classes):
         raise DataError(f"{segments.file} has colours that its JSON does not explain; take both from one release")
     classes = np.array([segments.classes[number] for number in known.tolist()])
-    return classes[places.reshape(ids.shape)], (colours.shape[1], colours.shape[0])
+    return classes[places.reshape(size, size)]
 
 
 # ---- The data set
@@ -269,7 +423,7 @@ def coco_split(
     """
     if len(folders) == 1:
         return split_by_name(name)
-    return "train" if folder == "train2017" else ("validation", "test")[zlib.crc32(name.encode()) % 2]
+    return "train" if folder == "train2017" else ("validation", "test")[zlib.crc32(name_bytes(name)) % 2]
 
 
 class COCO(Dataset[dict[str, Any]]):
@@ -284,8 +438,10 @@ class COCO(Dataset[dict[str, Any]]):
     - `segmentation` (size, size): classes in the order of `segment_names`, 0 for unlabelled
 
     Images that are not there are counted in `missing`, those without an annotation that is asked for in `without`.
-    A box of which less than a pixel is left in the square is dropped, with its mask.
-    DataError names a file that is missing or damaged, or that does not belong to the image.
+    A box of which less than a pixel is left in the square is dropped, with its mask. Where `instances` are asked for, a
+    thing whose outline encloses nothing (no polygon with three corners, no run lengths) is left out with its box, and
+    counted in `degenerate`. DataError names a file that is missing or damaged, or that does not belong to the image,
+    and the entry of a JSON file that is wrong.
     """
 
     known_keys: ClassVar[dict[str, str]] = {  # for every key the kind of annotation file that it is read from
@@ -327,6 +483,7 @@ class COCO(Dataset[dict[str, Any]]):
         if not self.files:
             needs = f"{', '.join(self.keys)}; without what these need: {self.without}"
             raise DataError(f"{self.root}: no image is left for split {split!r} with {needs}")
+        self.degenerate = sum(things.degenerate for things in self._annotations.get("instances", []))
 
     def _source(self, kind: str, folder: str) -> Path:
         "The annotation file of a kind for a folder of images."
@@ -379,7 +536,7 @@ class COCO(Dataset[dict[str, Any]]):
         maps = [segments.file for segments in self._annotations.get("panoptic", [])]
         return {
             "data": "COCO",
-            "version": DRAWING_VERSION,
+            "version": READING_VERSION,
             "split": self.split,
             "size": self.size,
             "keys": list(self.keys),
@@ -391,41 +548,59 @@ class COCO(Dataset[dict[str, Any]]):
         "All captions of each image; None where `keys` do not ask for captions."
         return self._annotations.get("captions")
 
+    def _mask(self, file: Path, things: _Things, i: int) -> Bool[np.ndarray, "size size"]:
+        "The mask of a thing in the square. One at a time: a mask of the whole image is large."
+        try:
+            return crop_map(decode_outline(things.outlines[i], things.width, things.height), self.size)
+        except DataError as error:
+            source = self._source("instances", file.parent.name)
+            number = _told(things.numbers[i])
+            raise DataError(f"{source}: the annotation with id {number}, of {file.name}: {error}") from error
+
     def _boxes_and_instances(self, file: Path, things: _Things) -> dict[str, Tensor]:
         "The boxes and masks in the square, of all things of which at least a pixel is left there."
         edges = crop_boxes(torch.from_numpy(things.boxes[:, 1:]), things.width, things.height)
         sides = (edges[:, 2:] - edges[:, :2]) * self.size  # pixels
         is_kept = (sides >= 1 - 1e-4).all(1)
-        boxes = torch.cat([torch.from_numpy(things.boxes[:, :1]), edges], 1)
-        masks = np.zeros((0, things.height, things.width), dtype=bool)
-        wanted = [outline for outline, keep in zip(things.outlines, is_kept) if keep and "instances" in self.keys]
-        source = self._source("instances", file.parent.name)
-        with _expected_form(source, f"a proper outline for all things in {file.name}"):
-            if wanted:
-                masks = np.stack([decode_outline(outline, things.width, things.height) for outline in wanted])
-        return {"boxes": boxes[is_kept], "instances": torch.from_numpy(crop_map(masks, self.size))}
+        boxes = torch.cat([torch.from_numpy(things.boxes[:, :1]), edges], 1)[is_kept]
+        if "instances" not in self.keys:
+            return {"boxes": boxes}
+        masks = [self._mask(file, things, i) for i in is_kept.nonzero()[:, 0].tolist()]
+        empty = np.zeros((0, self.size, self.size), dtype=bool)
+        return {"boxes": boxes, "instances": torch.from_numpy(np.stack(masks) if masks else empty)}
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        file = self.files[index]
-        annotations = {kind: self._annotations[kind][index] for kind in self.kinds}
+    def _check_sizes(self, file: Path, image: tuple[int, int] | None, annotations: dict[str, Any]) -> None:
+        "DataError where the files of an image do not agree in its width and height, before anything is drawn."
+        sizes = {} if image is None else {file.name: image}
+        if "instances" in annotations:
+            things = annotations["instances"]
+            sizes[self._source("instances", file.parent.name).name] = (things.width, things.height)
+        if "panoptic" in annotations:
+            sizes[annotations["panoptic"].file.name] = image_size(annotations["panoptic"].file)
+        if len(set(sizes.values())) > 1:
+            told = " and ".join(f"{name} ({width} x {height} pixels)" for name, (width, height) in sizes.items())
+            raise DataError(f"{file}: {told} do not fit; annotations go with the original image only")
+
+    def _sample(self, file: Path, annotations: dict[str, Any]) -> dict[str, Any]:
+        "What a sample has of the keys that are asked for, and more."
+        image = read_image(file) if "image" in self.keys else None
+        is_masked = "instances" in self.keys
+        self._check_sizes(file, image.size if image else image_size(file) if is_masked else None, annotations)
         parts: dict[str, Any] = {}
-        sizes: dict[str, tuple[int, int]] = {}  # width and height, as each file gives them
-        if "image" in self.keys:
-            image = read_image(file)
+        if image:
             parts["image"] = square_tensor(image, self.size, file)
-            sizes[file.name] = image.size
         if "captions" in annotations:
             parts["caption"] = annotations["captions"][0]
             parts["captions"] = list(annotations["captions"])
         if "instances" in annotations:
-            things = annotations["instances"]
-            parts |= self._boxes_and_instances(file, things)
-            sizes[self._source("instances", file.parent.name).name] = (things.width, things.height)
+            parts |= self._boxes_and_instances(file, annotations["instances"])
         if "panoptic" in annotations:
-            segments = annotations["panoptic"]
-            classes, sizes[segments.file.name] = _read_segmentation(segments, self.size)
-            parts["segmentation"] = torch.from_numpy(classes)
-        if len(set(sizes.values())) > 1:
-            told = " and ".join(f"{name} ({width} x {height} pixels)" for name, (width, height) in sizes.items())
-            raise DataError(f"{file}: {told} do not fit; annotations go with the original image only")
-        return {key: parts[key] for key in self.keys}
+            parts["segmentation"] = torch.from_numpy(_read_segmentation(annotations["panoptic"], self.size))
+        return parts
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        file = self.files[index]
+        annotations = {kind: self._annotations[kind][index] for kind in self.kinds}
+        with reading_sample(file):
+            parts = self._sample(file, annotations)
+            return {key: parts[key] for key in self.keys}

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from torch.utils.data import Dataset
 
-from ldm_edu.data.batches import _check_keys, _check_size, _check_split
-from ldm_edu.data.images import _describe_error, load_image
-from ldm_edu.data.toy.datasets import DRAWING_VERSION
+from ldm_edu.data.batches import _check_keys, _check_size, _check_split, reading_sample
+from ldm_edu.data.images import READING_VERSION, _describe_error, load_image
 from ldm_edu.errors import DataError
+from ldm_edu.files import reason
 
 __all__ = ["ImageFolder"]
 
@@ -21,12 +21,20 @@ IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".g
 DATA_HELP = "data/README.md in the project's repository says how to get the data and where it goes"
 
 
+def name_bytes(name: str) -> bytes:
+    "A file name in UTF-8, also one that is no text: its odd bytes as they are, else (Windows) its halves of letters."
+    try:
+        return name.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return name.encode("utf-8", "surrogatepass")
+
+
 def split_by_name(name: str) -> str:
     """The split of a file for which nobody has chosen one, by a checksum of its name.
 
     A file keeps its split whatever other files are added or removed.
     """
-    tenth = zlib.crc32(name.encode("utf-8", "surrogateescape")) % 10
+    tenth = zlib.crc32(name_bytes(name)) % 10
     return "train" if tenth < 8 else ("validation", "test")[tenth - 8]
 
 
@@ -50,7 +58,7 @@ def names_in_folder(folder: Path) -> set[str]:
     try:
         return set(os.listdir(folder))
     except OSError as error:
-        raise DataError(f"{folder} cannot be read as a folder ({error.strerror}); {DATA_HELP}") from error
+        raise DataError(f"{folder} cannot be read as a folder ({reason(error)}); {DATA_HELP}") from error
 
 
 def listing_checksum(
@@ -66,13 +74,13 @@ def listing_checksum(
         except OSError as error:
             raise DataError(_describe_error(file, error)) from error
         line = f"{str(file)[start:]} {facts.st_size} {facts.st_mtime_ns}\n"
-        digest.update(line.encode("utf-8", "surrogateescape"))
+        digest.update(name_bytes(line))
     return digest.hexdigest()[:16]
 
 
 def _raise_unreadable(error: OSError) -> None:
     "What `os.walk` calls for a folder that it cannot read."
-    raise DataError(f"{error.filename} cannot be read ({error.strerror}); a folder of images should stand here")
+    raise DataError(f"{error.filename} cannot be read ({reason(error)}); a folder of images should stand here")
 
 
 def _is_image_name(name: str) -> bool:
@@ -150,7 +158,7 @@ class ImageFolder(Dataset[dict[str, Any]]):
         "What decides the samples: split, size, keys, classes, and names, sizes and modification times of the files."
         return {
             "data": "ImageFolder",
-            "version": DRAWING_VERSION,
+            "version": READING_VERSION,
             "split": self.split,
             "size": self.size,
             "keys": list(self.keys),
@@ -161,8 +169,9 @@ class ImageFolder(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         file = self.files[index]
         parts: dict[str, Any] = {}
-        if "image" in self.keys:
-            parts["image"] = load_image(file, self.size)
-        if "class" in self.keys:
-            parts["class"] = self.class_names.index(self._class_name(file))
-        return {key: parts[key] for key in self.keys}
+        with reading_sample(file):
+            if "image" in self.keys:
+                parts["image"] = load_image(file, self.size)
+            if "class" in self.keys:
+                parts["class"] = self.class_names.index(self._class_name(file))
+            return {key: parts[key] for key in self.keys}

@@ -99,6 +99,15 @@ def test_toy_indices_end():
             data.__getitems__([index])
 
 
+@pytest.mark.parametrize("world", [ToyCOCO, ToyCelebA])
+def test_toy_indices_are_whole_numbers(world):
+    data = world(size=8, length=3)
+    assert data.__getitems__([]) == []
+    for index in (1.7, "1", None):
+        with pytest.raises(TypeError):
+            data[index]
+
+
 BAD_ARGUMENTS = [
     {"split": "val"},
     {"size": 0},
@@ -225,6 +234,9 @@ def test_collate_keeps_what_cannot_be_stacked_and_refuses_what_does_not_fit():
         collate([{"a": torch.zeros(2)}, {"b": torch.zeros(2)}])
     with pytest.raises(DataError, match="no samples"):
         collate([])
+    for number in (2**63, -(2**63) - 1):
+        with pytest.raises(DataError, match="'a' holds a whole number of 64 bits, and a tensor has 63"):
+            collate([{"a": 1}, {"a": number}])
 
 
 def test_what_differs_in_number_stays_in_lists_also_where_it_happens_not_to():
@@ -528,6 +540,13 @@ def test_splits_by_name_are_fixed_for_ever():
     assert [split_by_name(f"{i:06}.jpg") for i in (1, 2, 11)] == ["train", "validation", "test"]
     both = ("train2017", "val2017")
     assert [coco_split(f"{i:012}.jpg", "val2017", both) for i in (139, 285)] == ["test", "validation"]
+
+
+def test_names_that_are_no_text_have_a_split():
+    """Odd bytes, as Linux gives them, and halves of letters, as Windows does; other names keep theirs."""
+    assert split_by_name("caf\udce9.jpg") == "train" and split_by_name("caf\ud83d.jpg") in COURSE
+    both = ("train2017", "val2017")
+    assert {coco_split(f"{letter}.jpg", "val2017", both) for letter in "ab\udce9\ud83dé"} == {"validation", "test"}
 
 
 def test_image_folder(tmp_path):

@@ -1,5 +1,6 @@
 """Data sets that are drawn when they are asked for: `ToyCOCO` and `ToyCelebA`."""
 
+import operator
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -94,9 +95,11 @@ class ToyCOCO(Drawn):
         return self._draw(index, 5)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
+        if not len(indices):
+            return []
         needed = {"caption": 1, "captions": 5}
         n = max(needed.get(key, 0) for key in self.keys)
-        scenes, texts = zip(*(self._draw(int(index), n) for index in indices))
+        scenes, texts = zip(*(self._draw(operator.index(index), n) for index in indices))
         parts = {"captions": texts, "caption": [text[0] for text in texts if text]}
         if "image" in self.keys:
             parts["image"] = render(scenes, self.size)
@@ -132,7 +135,9 @@ class ToyCelebA(Drawn):
         return draw_face(self.rng(index))
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict]:
-        faces = [self.describe(int(index)) for index in indices]
+        if not len(indices):
+            return []
+        faces = [self.describe(operator.index(index)) for index in indices]
         parts = {"attributes": torch.tensor([face.attributes for face in faces], dtype=torch.float32)}
         if "image" in self.keys:
             parts["image"] = render_faces(faces, self.size)
