@@ -27,7 +27,7 @@ from typer.core import TyperGroup
 from ldm_edu.start import let_ctrl_c_end
 from ldm_edu.basics import pick_device
 from ldm_edu.checks import MOST_SEED, check_count, check_number
-from ldm_edu.data.download import TERMS, accept_terms, dataset_folder, download_celeba, download_coco, terms_accepted
+from ldm_edu.data.download import TERMS, accept_terms, check_request, download_celeba, download_coco, terms_accepted
 from ldm_edu.data.registry import open_dataset
 from ldm_edu.display import grid, new_figure, save, to_pil
 from ldm_edu.errors import LDMError
@@ -257,16 +257,19 @@ def data(
     name: Annotated[str, typer.Argument(help="celeba or coco")],
     data_dir: DataDir = None,
     subset: Annotated[int | None, typer.Option(min=1, help="keep only this many images; default: all")] = None,
-    split: Annotated[str, typer.Option(help="coco only: val2017 or train2017")] = "val2017",
+    split: Annotated[str | None, typer.Option(help="coco only: val2017 (the default) or train2017")] = None,
     panoptic: Annotated[bool, typer.Option(help="coco only: also the panoptic segmentation maps")] = False,
     yes: Annotated[bool, typer.Option("--yes", help="accept the terms without being asked")] = False,
 ) -> None:
     "Download CelebA or COCO, or continue an interrupted download; then check and unpack it, whole or as a subset."
+    check_request(name, split, panoptic)
     where = data_dir or load_settings().data_dir
-    dataset_folder(name, where)  # refuses an unknown data set
     _ask_for_terms(name, where, yes)
     try:
-        root = download_celeba(where, subset) if name == "celeba" else download_coco(where, split, subset, panoptic)
+        if name == "celeba":
+            root = download_celeba(where, subset)
+        else:
+            root = download_coco(where, split or "val2017", subset, panoptic)
     except KeyboardInterrupt:
         typer.echo("\nstopped; the same command goes on from here")
         raise typer.Exit(130) from None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -319,9 +319,9 @@ def read_text(
         raise error(f"{path} is not text in UTF-8 ({wrong}); copy it again") from wrong
 
 
-def write_text(text: str, path: str | Path, error: type[LDMError] = CheckpointError) -> None:
-    "Write a text in UTF-8, whole or not at all; an error that names the file."
-    with writing(path, error), atomic(path) as temporary:
+def write_text(text: str, path: str | Path, error: type[LDMError] = CheckpointError, sync: bool = True) -> None:
+    "Write a text in UTF-8, whole or not at all (see `atomic` for `sync`); an error that names the file."
+    with writing(path, error), atomic(path, sync=sync) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -332,7 +332,7 @@ def write_bytes(content: bytes, path: str | Path, error: type[LDMError] = Checkp
 
 
 def copy_whole(
-    source: IO[bytes],
+    source: Any,  # open for reading bytes
     path: str | Path,
     sync: bool = True,  # see `atomic`
 ) -> None:

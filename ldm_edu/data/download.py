@@ -26,21 +26,22 @@
 # By hand. Where a program cannot get a file, the error says which page to open, which files to take, where to put them,
 # and which command goes on from there.
 
-import errno
 import hashlib
 import json
+import lzma
 import os
 import re
 import shlex
 import shutil
 import stat
+import struct
 import time
 import zipfile
 import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from html import unescape
 from http.client import HTTPException, HTTPResponse
@@ -48,13 +49,14 @@ from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
 from urllib.parse import urlencode, urlsplit
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from ldm_edu.basics import progress
-from ldm_edu.files import atomic, load_json, save_json
 from ldm_edu.data.coco import COCO_FOLDERS
-from ldm_edu.data.folders import split_by_name
+from ldm_edu.data.folders import name_bytes, split_by_name
 from ldm_edu.errors import DownloadError, LDMError
+from ldm_edu.files import BROKEN_NAME, appending, brief, copy_whole, folder_for, leftovers, load_json, parse_json
+from ldm_edu.files import printable, read_json, reading, save_json, write_bytes, write_text, writing
 
 __all__ = ["fetch", "unpack", "download_celeba", "download_coco"]
 
@@ -67,7 +69,7 @@ def checksum(
 ) -> str:
     "The checksum of a file in hexadecimal digits. The file is read in pieces, so it may be larger than the memory."
     new = {"md5": lambda: hashlib.md5(usedforsecurity=False), "sha256": hashlib.sha256}[kind]
-    with open(path, "rb") as file:
+    with reading(path, DownloadError), open(path, "rb") as file:
         return hashlib.file_digest(file, new).hexdigest()
 
 
@@ -102,17 +104,13 @@ class _Interrupted(Exception):
         self.wait, self.stale = wait, stale
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    "Turns an OSError inside, where `path` is written, into a DownloadError that says what to do."
-    try:
-        yield
-    except OSError as error:
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise DownloadError(
-            f"{path} cannot be written: {reason}; make room, or choose another folder. "
-            "What came so far is kept, and the same command goes on from there"
-        ) from error
+# Behind the reason why a file could not be written.
+_KEPT = ". Mend this or choose another folder: what came so far is kept, and the same command goes on from there"
+
+
+def _number(text: str) -> int | None:
+    "A whole number in a header of a server; None where something else stands there."
+    return int(text) if re.fullmatch("[0-9]{1,18}", text) else None
 
 
 def _length(response: HTTPResponse) -> int | None:
@@ -121,7 +119,7 @@ def _length(response: HTTPResponse) -> int | None:
         length = response.headers.get("Content-Range", "").rpartition("/")[2]
     else:
         length = response.headers.get("Content-Length", "")
-    return int(length) if length.isdigit() else None
+    return _number(length)
 
 
 @dataclass
@@ -149,6 +147,11 @@ class Partial:
         except LDMError:
             known = {}
         return known if known.get("url") == self.url else {}
+
+    def drop_links(self) -> None:
+        "Begin anew where somebody has put a link under the name of a part: what comes would be written elsewhere."
+        if self.path.is_symlink() or self.note.is_symlink():
+            self.drop()
 
     def drop(self) -> None:
         "Delete what came so far."
@@ -182,8 +185,7 @@ class Partial:
                 raise _Interrupted("the file has changed at the server since the first part came", stale=True)
             return now["size"] or before.get("size")
         self.drop()
-        with _writing(self.note):
-            self.note.write_text(json.dumps(now), encoding="utf-8")
+        write_text(json.dumps(now), self.note, DownloadError, sync=False)  # one for each of thousands of images
         return now["size"]
 
 
@@ -198,7 +200,7 @@ def _page_message(page: str) -> str:
     if _QUOTA.search(page):
         return "Google Drive's limit for this file is used up, many people took it; it usually opens again within a day"
     title = re.search(r"<title[^>]*>(.*?)</title>", page, re.S | re.I)
-    named = f' ("{unescape(" ".join(title[1].split()))}")' if title else ""
+    named = f' ("{printable(" ".join(unescape(title[1]).split()))[:200]}")' if title else ""
     return f"a web page came in place of the file{named}; does this network, or the publisher, ask for a login?"
 
 
@@ -226,29 +228,63 @@ _PAGE_BYTES = 1 << 18  # of a web page, that are read
 
 def _http_error(error: HTTPError, url: str) -> DownloadError | _Interrupted:
     "The error for an HTTP status: _Interrupted where another try may succeed, else DownloadError."
-    said = f"{urlsplit(url).netloc} {_STATUS_MEANINGS.get(error.code, 'failed')} ({error.code} {error.reason})"
+    said = f"{urlsplit(url).netloc} {_STATUS_MEANINGS.get(error.code, 'failed')} ({error.code} {printable(str(error.reason))})"
     page = error.read(_PAGE_BYTES).decode(errors="replace")
     after = error.headers.get("Retry-After", "")
     if _QUOTA.search(page):
         return DownloadError(f"{url}: {_page_message(page)}")
     # 416: the part that is here is longer than the file at the server.
     if error.code in _PASSING_STATUSES or error.code == 416:
-        wait = min(float(after), _LONGEST_WAIT) if after.isdigit() else 0.0
+        wait = min(float(_number(after) or 0), _LONGEST_WAIT)
         return _Interrupted(said, wait, stale=error.code == 416)
     return DownloadError(f"{url}: {said}; was it moved?")
+
+
+def _check_address(url: str) -> str:
+    "`url`, where it is an address in the web; else DownloadError."
+    try:
+        parts = urlsplit(url)
+        is_right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # such as http://[::1
+        is_right = False
+    if not is_right or re.search(r"[^!-~]", url):  # a blank, a control character, or a letter beyond ASCII
+        raise DownloadError(
+            f"url should begin with http:// or https:// and a server, with %20 and the like for other letters than "
+            f"those of ASCII, not {printable(repr(url))}"
+        )
+    return url
+
+
+class _WebOnly(HTTPRedirectHandler):
+    "Follows a redirect to http:// and https:// only; the one of urllib goes to ftp:// too."
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        return super().redirect_request(req, fp, code, msg, headers, _check_address(newurl))
+
+
+def _open(url: str, headers: dict[str, str], timeout: float) -> HTTPResponse:
+    "The answer of a server that is all of a file or a part; _Interrupted or DownloadError where it is none."
+    request = Request(_check_address(url), headers={"User-Agent": "ldm_edu"} | headers)
+    try:
+        response = build_opener(_WebOnly).open(request, timeout=timeout)
+    except HTTPError as error:
+        with error:
+            raise _http_error(error, url) from error
+    except LDMError:
+        raise
+    except ValueError as error:  # from urllib, for what is no address
+        raise DownloadError(f"{url} leads to something that is no address ({brief(error)})") from error
+    if response.status not in (200, 206):  # such as 204, an answer without content
+        with response:
+            raise _Interrupted(f"{urlsplit(url).netloc} sent no file (status {response.status})")
+    return response
 
 
 def _connect(url: str, headers: dict[str, str], timeout: float) -> HTTPResponse:
     "A response with a file; _Interrupted or DownloadError where the server sends an error or a web page."
     page = ""
     for _ in range(2):  # the second time for the address behind a form
-        if urlsplit(url).scheme not in ("http", "https"):
-            raise DownloadError(f"url should begin with http:// or https://, not {url!r}")
-        try:
-            response = urlopen(Request(url, headers={"User-Agent": "ldm_edu"} | headers), timeout=timeout)
-        except HTTPError as error:
-            with error:
-                raise _http_error(error, url) from error
+        response = _open(url, headers, timeout)
         if response.headers.get_content_type() != "text/html":
             return response
         with response:
@@ -300,18 +336,16 @@ def _receive(
             blocks = iter(lambda: response.read(_BLOCK_BYTES), b"")
             if left > _BLOCK_BYTES:
                 blocks = progress(blocks, f"{partial.path.stem}, MiB", -(-left // _BLOCK_BYTES))
-            with _writing(partial.path):
-                file = partial.path.open("ab")
-            with file:
+            with appending(partial.path, DownloadError, _KEPT) as append:
                 for block in blocks:
-                    with _writing(partial.path):
-                        file.write(block)
-                        file.flush()
+                    append(block)
     except (OSError, HTTPException) as error:
-        reason = getattr(error, "reason", error)
+        reason = printable(str(getattr(error, "reason", error)))
         raise _Interrupted(f"no connection to {urlsplit(partial.url).netloc} ({reason})") from error
     if total is not None and partial.have < total:
         raise _Interrupted(f"the connection broke after {partial.have:,} of {total:,} bytes")
+    if not partial.have and size is None and not partial.checked:  # nothing says that an empty file is meant
+        raise _Interrupted(f"{urlsplit(partial.url).netloc} sent an empty file")
 
 
 def fetch(
@@ -326,19 +360,24 @@ def fetch(
 ) -> Path:
     """Download `url` to `path`, unless it is there. Goes on with an interrupted download.
 
-    A file appears at `path` only when it is whole and has the size and the checksums that are given. What came of an
-    unfinished one is kept in `<path>.part`. DownloadError says what is wrong and what to do: a file that is there
+    A file appears at `path` only when it is whole and has the size and the checksums that are given; an empty one only
+    where one of them says so. What came of an unfinished one is kept in `<path>.part`. DownloadError says what is wrong and what to do: a file that is there
     and differs, a page in place of a file (a login, Google Drive's quota), a server that refuses or breaks off
     `tries` times in a row, a full disk.
     """
     path = Path(path)
-    if path.exists():
+    is_known = size is not None or bool(md5 or sha256)
+    if path.exists() and not path.is_file():
+        raise DownloadError(f"{path} is a folder, or something else that is no file: remove it, or choose another name")
+    if path.exists() and (is_known or path.stat().st_size):  # an empty file is what a power cut leaves of one
         if differs := difference(path, size, md5, sha256):
             raise DownloadError(f"{path} {differs}: it is not whole, or another file; remove it and try again")
         return path
-    with _writing(path):
+    _check_address(url)
+    with writing(path, DownloadError, _KEPT):
         path.parent.mkdir(parents=True, exist_ok=True)
     partial = Partial(path.with_name(path.name + ".part"), url, checked=bool(md5 or sha256))
+    partial.drop_links()
     _complete(partial, size, tries, wait, timeout)
     if differs := difference(partial.path, size, md5, sha256):
         partial.drop()
@@ -346,7 +385,8 @@ def fetch(
             f"{url}: what came {differs}, and was thrown away; try again, and if that changes nothing, "
             "the publisher has put another file there"
         )
-    os.replace(partial.path, path)
+    with writing(path, DownloadError, _KEPT):
+        os.replace(partial.path, path)
     partial.drop()
     return path
 
@@ -390,12 +430,18 @@ def _stays_inside(member: zipfile.ZipInfo) -> bool:
     "Would a member of an archive be written inside the folder? Not if it is a link or its name leads elsewhere."
     name = member.filename.replace("\\", "/")
     link = stat.S_ISLNK(member.external_attr >> 16)
-    return not (link or name.startswith("/") or ":" in name or ".." in name.split("/"))
+    return bool(name) and not (link or name.startswith("/") or ":" in name or ".." in name.split("/"))
+
+
+_DAMAGED = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, OSError, LookupError, ValueError)
+_DAMAGED += (OverflowError, RuntimeError)  # RuntimeError: a password, or a compression that is not known
 
 
 @contextmanager
 def _reading(archive: Path) -> Iterator[zipfile.ZipFile]:
-    "An open zip archive; DownloadError names one that is damaged, or with a member outside the folder."
+    "An open zip archive; DownloadError names one that is missing, damaged, or with a member outside the folder."
+    with reading(archive, DownloadError, "zip archive"), open(archive, "rb"):
+        pass  # what the system refuses has other remedies than a damaged archive
     try:
         with zipfile.ZipFile(archive) as file:
             if bad := [member.filename for member in file.infolist() if not _stays_inside(member)]:
@@ -404,19 +450,17 @@ def _reading(archive: Path) -> Iterator[zipfile.ZipFile]:
                     "not the official file: remove it. Nothing was unpacked"
                 )
             yield file
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, NotImplementedError, RuntimeError) as error:
-        raise DownloadError(f"{archive} is not a whole zip archive ({error}); remove it and get it again") from error
+    except LDMError:
+        raise
+    except _DAMAGED as error:
+        raise DownloadError(
+            f"{archive} is not a whole zip archive ({brief(error)}); remove it and get it again"
+        ) from error
 
 
-def _extract(file: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> None:
-    "Write one member, whole or not at all. (`atomic` waits for the disk each time: too slow for 200,000 images.)"
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with file.open(member) as source, temporary.open("wb") as sink:
-            shutil.copyfileobj(source, sink)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _is_there(path: Path, size: int) -> bool:
+    "Is a member of an archive there already? An empty file in its place is what a power cut leaves of one."
+    return path.exists() and (not size or not path.is_file() or path.stat().st_size > 0)
 
 
 def unpack(
@@ -432,14 +476,18 @@ def unpack(
     archive, folder = Path(archive), Path(folder)
     with _reading(archive) as file:
         members = [member for member in file.infolist() if not member.is_dir() and wanted(member.filename)]
-        todo = [member for member in members if not (folder / member.filename).exists()]
-        with _writing(folder):
-            for parent in {(folder / member.filename).parent for member in todo} | {folder}:
-                parent.mkdir(parents=True, exist_ok=True)
+        todo = [member for member in members if not _is_there(folder / member.filename, member.file_size)]
+        parents = {(folder / member.filename).parent for member in todo} | {folder}
+        for parent in sorted(parents):
+            folder_for(parent / "file", DownloadError)
+        with writing(folder, DownloadError):
+            for path in filter(Path.is_file, leftovers(folder) if todo else ()):
+                path.unlink(missing_ok=True)
         _check_room(folder, sum(member.file_size for member in todo))
         for member in progress(todo, f"unpacking {archive.name}"):
-            with _writing(folder / member.filename):
-                _extract(file, member, folder / member.filename)
+            path = folder / member.filename
+            with writing(path, DownloadError, _KEPT), file.open(member) as source:
+                copy_whole(source, path, sync=False)  # to wait for the disk is too slow for 200,000 images
     return [folder / member.filename for member in members]
 
 
@@ -456,7 +504,7 @@ def fair_order(
     beginning, each of three splits is less than one file away from its share.
     """
     members = defaultdict(list)
-    for name in sorted(groups, key=lambda name: (zlib.crc32(name.encode()), name)):
+    for name in sorted(groups, key=lambda name: (zlib.crc32(name_bytes(name)), name)):
         members[groups[name]].append(name)
     place = {name: (k + 0.5) / len(names) for names in members.values() for k, name in enumerate(names)}
     return sorted(place, key=lambda name: (place[name], name))
@@ -469,7 +517,7 @@ def subset_list(
     "The lines of a list that belong to `names`. Where the list begins with a count, the count is adjusted."
     lines = text.splitlines(keepends=True)
     kept = set(names)
-    header = 2 if lines and lines[0].strip().isdigit() else 0
+    header = 2 if lines and _number(lines[0].strip()) is not None else 0
     rows = [line for line in lines[header:] if line.split()[:1] and line.split()[0] in kept]
     if header:
         lines[0] = lines[0].replace(lines[0].strip(), str(len(rows)))
@@ -580,10 +628,28 @@ def dataset_folder(
     data_dir: str | Path,
 ) -> Path:
     "The data set's folder: `data_dir` itself where the data set lies there already, else a folder in it."
+    check_request(name)
+    try:
+        data_dir = Path(data_dir).expanduser()
+        with suppress(OSError):
+            os.lstat(data_dir)  # the system knows names that cannot be
+    except BROKEN_NAME as error:
+        raise DownloadError(f"data_dir {str(data_dir)!r} is no name that a folder can have ({error})") from error
+    return data_dir if (data_dir / _INSIDE[name]).is_dir() else data_dir / name
+
+
+def check_request(
+    name: str,  # "celeba" or "coco"
+    split: str | None = None,  # None: not said
+    panoptic: bool = False,
+) -> None:
+    "DownloadError where there is no such data set, or no such split or maps of it: before anybody is asked for terms."
     if name not in _INSIDE:
         raise DownloadError(f"data set {name!r} cannot be downloaded; known: {', '.join(_INSIDE)}")
-    data_dir = Path(data_dir).expanduser()
-    return data_dir if (data_dir / _INSIDE[name]).is_dir() else data_dir / name
+    if name != "coco" and (split is not None or panoptic):
+        raise DownloadError(f"split and panoptic are for coco only: {name} comes as one archive, without them")
+    if name == "coco" and split not in (None, *COCO_FOLDERS):
+        raise DownloadError(f"split should be {' or '.join(COCO_FOLDERS)}, not {split!r}")
 
 
 def terms_accepted(name: str, data_dir: str | Path) -> bool:
@@ -595,9 +661,8 @@ def terms_accepted(name: str, data_dir: str | Path) -> bool:
 def accept_terms(name: str, data_dir: str | Path) -> None:
     "Note in the data set's folder that its terms were accepted."
     path = dataset_folder(name, data_dir) / "downloads" / "terms.json"
-    with _writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_json({"accepted": TERMS[name]}, path)
+    folder_for(path, DownloadError)
+    save_json({"accepted": TERMS[name]}, path)
 
 
 # ---- Getting files, by program or by hand
@@ -668,12 +733,23 @@ class _Place:
 
     def absent(self, folder: str, names: Sequence[str]) -> list[str]:
         "The files that are not in a folder."
-        path = self.root / folder
-        there = {entry.name for entry in os.scandir(path)} if path.is_dir() else set()
+        path, there = self.root / folder, set()
+        if path.is_dir():
+            with reading(path, DownloadError, "folder"), os.scandir(path) as entries:
+                # An empty file is what a power cut leaves of one. (A link that leads nowhere is somebody's own.)
+                there = {entry.name for entry in entries if not entry.is_file() or entry.stat().st_size}
         return [name for name in names if name not in there]
 
 
 # ---- List files, of which only our own are overwritten
+
+
+def _content(path: Path) -> bytes | None:
+    "The bytes of a file; None where there is none."
+    if not path.exists():
+        return None
+    with reading(path, DownloadError):
+        return path.read_bytes()
 
 
 @dataclass(frozen=True)
@@ -689,16 +765,17 @@ class _ListFiles:
 
     def made(self) -> dict[str, dict]:
         "The record of written lists; {} where there is none."
-        return load_json(self.record) if self.record.exists() else {}
+        known = load_json(self.record) if self.record.exists() else {}
+        return {name: mark for name, mark in known.items() if isinstance(mark, dict)}
 
     def is_ours(self, name: str) -> bool:
         "Was this list written here, and is it unchanged since?"
         path, mark = self.root / name, self.made().get(name)
-        return mark is not None and path.exists() and mark["md5"] == checksum(path)
+        return mark is not None and path.exists() and mark.get("md5") == checksum(path)
 
     def was_cut(self, name: str) -> bool:
         "Was this list written here and cut to a subset?"
-        return self.is_ours(name) and self.made()[name]["cut"]
+        return self.is_ours(name) and self.made()[name].get("cut") is not False
 
     def plan(
         self,
@@ -712,7 +789,7 @@ class _ListFiles:
         planned = {}
         for name, content in official.items():
             path = self.root / name
-            there = path.read_bytes() if path.exists() else None
+            there = _content(path)
             planned[name] = content if cut is None or there == content else cut(content)
             if there not in (None, planned[name]) and not self.is_ours(name):
                 raise DownloadError(
@@ -729,15 +806,13 @@ class _ListFiles:
         "Write the lists that are not there in this form, and record that they were written here."
         for name, content in planned.items():
             path = self.root / name
-            if path.exists() and path.read_bytes() == content:
+            if _content(path) == content:
                 continue
-            with _writing(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                self.record.parent.mkdir(parents=True, exist_ok=True)
-                with atomic(path) as temporary:
-                    temporary.write_bytes(content)
-                mark = {"md5": checksum(path), "cut": content != official[name]}
-                save_json(self.made() | {name: mark}, self.record)
+            for place in (path, self.record):
+                folder_for(place, DownloadError)
+            write_bytes(content, path, DownloadError)
+            mark = {"md5": checksum(path), "cut": content != official[name]}
+            save_json(self.made() | {name: mark}, self.record)
 
 
 # ---- CelebA
@@ -801,7 +876,8 @@ def _unpack_missing(
     path = found or place.obtain(archive)[0]
     unpack(path, place.root, {f"{folder}/{name}" for name in missing}.__contains__)
     if lacking := place.absent(folder, names):
-        raise DownloadError(f"{path} lacks {len(lacking)} images, first {folder}/{lacking[0]}; is it official?")
+        first = printable(lacking[0])
+        raise DownloadError(f"{path} lacks {len(lacking)} images, first {folder}/{first}; is it official?")
 
 
 def download_celeba(
@@ -820,13 +896,13 @@ def download_celeba(
     partition = "list_eval_partition.txt"
     folder = "img_align_celeba"
     path = place.root / attributes
-    before = _listed_files(path.read_text(encoding="utf-8", errors="replace")) if path.exists() else []
+    before = _listed_files((_content(path) or b"").decode(errors="replace"))
     if _is_complete(place, attributes, before, folder, n):
         return place.root
     files = files or celeba_files()
     archive = files["img_align_celeba.zip"]
     paths = place.obtain(files[attributes], files[partition], later=[archive])
-    texts: dict[str, bytes] = dict(zip((attributes, partition), (path.read_bytes() for path in paths)))
+    texts = {name: _content(path) or b"" for name, path in zip((attributes, partition), paths)}
     splits = dict(line.split() for line in texts[partition].decode().splitlines() if line.strip())
     chosen = _choose_names(place, folder, splits, n)
     fewer = None if len(chosen) == len(splits) else lambda text: subset_list(text.decode(), chosen).encode()
@@ -850,12 +926,34 @@ def _member(archive: Path, name: str) -> bytes:
         return file.read(name)
 
 
-def _addresses(captions: bytes) -> dict[str, str]:
+@contextmanager
+def _coco_form(path: str | Path) -> Iterator[None]:
+    "DownloadError in place of what goes wrong inside because a JSON file has not the form of COCO's."
+    try:
+        yield
+    except LDMError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        told = f"something lacks {error}" if isinstance(error, KeyError) else brief(error)
+        raise DownloadError(
+            f"{path} has not the form of COCO's file ({told}): move it away, and this command makes it anew"
+        ) from error
+
+
+def _file_names(content: dict[str, Any], name: str) -> list[str]:
+    "The file names in a list of one of COCO's files; ValueError where one is no plain name."
+    names = [entry["file_name"] for entry in content[name]]
+    for found in names:
+        if not isinstance(found, str) or not found.isprintable() or Path(found).name != found or "\\" in found:
+            raise ValueError(f"{printable(repr(found))} is no plain file name")
+    return names
+
+
+def _addresses(captions: bytes, path: str) -> dict[str, str]:
     "The address of each image, by its file name, from the content of COCO's file of captions."
-    images = json.loads(captions)["images"]
-    if strange := [image["file_name"] for image in images if Path(image["file_name"]).name != image["file_name"]]:
-        raise DownloadError(f"the annotations name an image {strange[0]!r}, no plain file name; are they official?")
-    return {image["file_name"]: image["coco_url"] for image in images}
+    with _coco_form(path):
+        content = parse_json(captions)
+        return dict(zip(_file_names(content, "images"), (image["coco_url"] for image in content["images"])))
 
 
 def _as_json(content: dict[str, Any]) -> bytes:
@@ -896,24 +994,21 @@ def _coco_maps(
     unpack(inner, place.root / "annotations", missing.__contains__)
     inner.unlink()
     if lacking := place.absent(f"annotations/panoptic_{split}", names):
-        raise DownloadError(f"{archive} lacks {len(lacking)} of the maps, first {lacking[0]}; is it the official one?")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    "The content of a JSON file; {} where it is missing or damaged."
-    try:
-        return json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
+        first = printable(lacking[0])
+        raise DownloadError(f"{archive} lacks {len(lacking)} of the maps, first {first}; is it the official one?")
 
 
 def _coco_is_complete(place: _Place, split: str, where: Mapping[str, str], n: int | None) -> bool:
     "Is everything there that was asked for: the list of each kind, the images, and with `panoptic` the maps?"
-    lists = {kind: _read_json(place.root / path) for kind, path in where.items()}
-    if not all(lists.values()):
+    paths = {kind: place.root / path for kind, path in where.items()}
+    if not all(path.exists() for path in paths.values()):
         return False
-    maps = [note["file_name"] for note in lists.get("panoptic", {}).get("annotations", [])]
-    names = [image["file_name"] for image in lists["captions"]["images"]]
+    lists = {kind: read_json(path, DownloadError) for kind, path in paths.items()}
+    names, maps = [], []
+    for kind, content in lists.items():
+        with _coco_form(paths[kind]):
+            names = _file_names(content, "images") if kind == "captions" else names
+            maps = _file_names(content, "annotations") if kind == "panoptic" else maps
     drawn = not maps or not place.absent(f"annotations/panoptic_{split}", maps)
     return drawn and _is_complete(place, where["captions"], names, split, n)
 
@@ -932,8 +1027,7 @@ def download_coco(
     DownloadError says how to get by hand what cannot be fetched.
     """
     _check_n(n)
-    if split not in COCO_FOLDERS:
-        raise DownloadError(f"split should be {' or '.join(COCO_FOLDERS)}, not {split!r}")
+    check_request("coco", split)
     place = _Place(
         dataset_folder("coco", data_dir), _command("coco", data_dir, split=split, subset=n, panoptic=panoptic)
     )
@@ -946,14 +1040,14 @@ def download_coco(
     archives = [files[f"{word}annotations_trainval2017.zip"] for word in ("", "panoptic_")[: 1 + panoptic]]
     paths = place.obtain(*archives, later=[files[f"{split}.zip"]])
     official = {path: _member(paths[kind == "panoptic"], path) for kind, path in where.items()}
-    addresses = _addresses(official[where["captions"]])
+    addresses = _addresses(official[where["captions"]], f"{paths[0]}/{where['captions']}")
     chosen = _choose_names(place, split, {name: split_by_name(name) for name in addresses}, n)
     fewer = (
-        None if len(chosen) == len(addresses) else lambda text: _as_json(subset_annotations(json.loads(text), chosen))
+        None if len(chosen) == len(addresses) else lambda text: _as_json(subset_annotations(parse_json(text), chosen))
     )
     planned = lists.plan(official, fewer)
     _coco_images(place, split, chosen, addresses, files[f"{split}.zip"])
     if panoptic:
-        _coco_maps(place, split, json.loads(planned[where["panoptic"]]), paths[1])
+        _coco_maps(place, split, parse_json(planned[where["panoptic"]]), paths[1])
     lists.write(planned, official)
     return place.root

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import random
+import struct
 import threading
 import zipfile
 from collections import Counter
@@ -184,8 +185,12 @@ def test_another_run_goes_on_with_what_an_earlier_one_left(server, tmp_path, nap
 
 
 def test_a_part_that_is_complete_already_is_not_asked_for_again(server, tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
+    real = download.os.replace
+
+    def stop(source, target):
+        if target == tmp_path / "file.bin":
+            raise KeyboardInterrupt
+        real(source, target)
 
     monkeypatch.setattr(download.os, "replace", stop)  # ended between the last byte and the rename
     with pytest.raises(KeyboardInterrupt):
@@ -260,6 +265,37 @@ def test_an_empty_file_is_a_file(server, tmp_path):
     assert fetch(f"{server.url}/empty", tmp_path / "empty", size=0).read_bytes() == b""
 
 
+@pytest.mark.parametrize("status", [200, 204, 205])
+def test_nothing_is_no_file_where_nothing_says_that_it_is_meant(server, tmp_path, naps, status):
+    server.faults["/file.bin"] = [{"page": b"", "status": status} if status != 200 else {"page": b""}]
+    with pytest.raises(DownloadError, match="sent (an empty file|no file .status 20[45].).*tried 4 times"):
+        fetch(f"{server.url}/file.bin", tmp_path / "x.jpg")
+    assert not (tmp_path / "x.jpg").exists()
+    server.faults["/file.bin"].append({})
+    assert fetch(f"{server.url}/file.bin", tmp_path / "x.jpg").read_bytes() == BODY
+
+
+def test_an_empty_file_that_lies_there_is_fetched_again(server, tmp_path):
+    """A power cut leaves such files, and so did an empty answer."""
+    (tmp_path / "x.jpg").write_bytes(b"")
+    assert fetch(f"{server.url}/file.bin", tmp_path / "x.jpg").read_bytes() == BODY
+    (tmp_path / "y").write_bytes(b"")
+    with pytest.raises(DownloadError, match="y has 0 bytes, not 300,000.*remove it"):
+        fetch(f"{server.url}/file.bin", tmp_path / "y", size=len(BODY))
+
+
+@pytest.mark.parametrize("header", ["Content-Length", "Content-Range", "Retry-After"])
+@pytest.mark.parametrize("number", ["\xb2", "\xb9\xb2", "-1", "9" * 500, "1e3", ""])
+def test_headers_that_are_no_numbers_are_not_believed(server, tmp_path, naps, header, number):
+    headers = {header: f"bytes 0-299999/{number}" if header == "Content-Range" else number}
+    server.faults["/file.bin"] = [{"status": 503, "headers": headers}, {"headers": headers, "no length": True}, {}]
+    try:
+        assert fetch(f"{server.url}/file.bin", tmp_path / "x", md5=MD5).read_bytes() == BODY
+    except DownloadError as error:
+        assert header == "Content-Length" and "thrown away" in str(error)  # an answer without a body, as it says
+    assert max(naps) <= 60
+
+
 def test_redirects_are_followed_with_the_range(server, tmp_path, naps):
     server.faults["/old"] = [{"status": 302, "headers": {"Location": "/file.bin"}}]
     server.faults["/file.bin"] = [{"cut": 1000}, {}]
@@ -306,11 +342,44 @@ def test_nobody_there(tmp_path, naps):
     assert files_under(tmp_path) == []
 
 
-@pytest.mark.parametrize("url", ["file:///etc/hostname", "ftp://127.0.0.1/x", "/etc/hostname", "C:\\x", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "file:///etc/hostname",
+        "ftp://127.0.0.1/x",
+        "/etc/hostname",
+        "C:\\x",
+        "",
+        "http://[::1",
+        "http://",
+        "http:///x",
+        "http://127.0.0.1:99999/x",
+        "http://127.0.0.1:a/x",
+        "http://127.0.0.1/é",
+        "http://127.0.0.1/a b",
+        "http://é.org/",
+        "http://127.0.0.1/\r\nHost: x",
+        "http://127.0.0.1/\x1b[2J",
+    ],
+)
 def test_only_the_web_is_fetched_from(url, tmp_path):
     with pytest.raises(DownloadError, match="http"):
         fetch(url, tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_every_error_of_an_address_is_one_printable_line(tmp_path):
+    with pytest.raises(DownloadError) as caught:
+        fetch("http://127.0.0.1/\x1b[2J\n\ud800", tmp_path / "x")
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("target", ["ftp://127.0.0.1:1/x", "file:///etc/hostname", "data:,x", "http://[::1"])
+def test_redirects_lead_to_the_web_only(server, tmp_path, naps, target):
+    server.faults["/old"] = [{"status": 302, "headers": {"Location": target}}]
+    with pytest.raises(DownloadError):
+        fetch(f"{server.url}/old", tmp_path / "x")
+    assert files_under(tmp_path) == [] and not naps and len(server.asked) == 1
 
 
 def test_a_silent_server_is_not_waited_for_for_ever(tmp_path, naps):
@@ -338,6 +407,17 @@ def test_a_login_page_is_no_file(server, tmp_path):
     with pytest.raises(DownloadError, match='a web page came in place of the file \\("Sign in & go"\\)'):
         fetch(f"{server.url}/file.bin", tmp_path / "x.zip")
     assert files_under(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "page, status", [(b"<html><head><title>\x1b]0;x\x07\x1b[2J&#27;[31m!</title>", 200), (b"", 404)]
+)
+def test_what_a_server_says_does_not_steer_the_terminal(server, tmp_path, page, status, monkeypatch):
+    monkeypatch.setattr(Handler, "responses", {404: ("\x1b[2Jgone", "")}, raising=True)
+    server.faults["/file.bin"] = [{"page": page} if status == 200 else {"status": status}]
+    with pytest.raises(DownloadError) as caught:
+        fetch(f"{server.url}/file.bin", tmp_path / "x.zip")
+    assert str(caught.value).isprintable() and r"\x1b[2J" in str(caught.value)
 
 
 def scan_page(action):
@@ -397,6 +477,21 @@ def test_a_folder_that_cannot_be_made(server, tmp_path):
         fetch(f"{server.url}/file.bin", tmp_path / "file" / "x")
 
 
+@pytest.mark.parametrize("name", ["x.part", "x.part.json"])
+def test_a_link_under_the_name_of_a_part_is_not_followed(server, tmp_path, naps, name):
+    (tmp_path / "mine").write_bytes(b"mine")
+    (tmp_path / name).symlink_to("mine")
+    server.faults["/file.bin"] = [{"cut": 1000}, {}]
+    assert fetch(f"{server.url}/file.bin", tmp_path / "x", md5=MD5).read_bytes() == BODY
+    assert (tmp_path / "mine").read_bytes() == b"mine" and files_under(tmp_path) == ["mine", "x"]
+
+
+def test_a_folder_in_the_place_of_the_file(server, tmp_path):
+    (tmp_path / "x").mkdir()
+    with pytest.raises(DownloadError, match="x is a folder"):
+        fetch(f"{server.url}/file.bin", tmp_path / "x")
+
+
 # --- many files ---
 
 
@@ -432,12 +527,26 @@ def a_link(name, target) -> zipfile.ZipInfo:
     return info
 
 
-EVIL = ["../x", "a/../../x", "/tmp/x", "..\\x", "a\\..\\..\\x", "C:\\x", "C:x", "//host/x"]
+EVIL = ["", "../x", "a/../../x", "/tmp/x", "..\\x", "a\\..\\..\\x", "C:\\x", "C:x", "//host/x"]
+
+
+def shortened(archive: bytes) -> bytes:
+    """An archive from which a letter was cut before its directory, and one in it: its end says where that is."""
+    end = archive.rindex(b"PK\5\6")
+    size, start = struct.unpack("<II", archive[end + 12 : end + 20])
+    return archive[: end + 12] + struct.pack("<II", size - 1, start - 1) + archive[end + 20 :]
 
 
 @pytest.mark.parametrize("name", EVIL)
 def test_an_archive_that_leads_outside_is_refused_whole(name, tmp_path):
-    (tmp_path / "a.zip").write_bytes(zipped({"good.txt": b"good", name: b"evil"}))
+    (tmp_path / "a.zip").write_bytes(zipped({"good.txt": b"good", "Q" if name == "" else name: b"evil"}))
+    if name == "":  # Python writes no empty name, and another program may
+        content = (tmp_path / "a.zip").read_bytes()
+        for head, place in ((b"PK\3\4", 26), (b"PK\1\2", 28)):
+            at = content.rindex(head)
+            length = 30 if place == 26 else 46
+            content = content[: at + place] + b"\0" + content[at + place + 1 : at + length] + content[at + length + 1 :]
+        (tmp_path / "a.zip").write_bytes(shortened(content))
     with pytest.raises(DownloadError, match="outside the folder"):
         unpack(tmp_path / "a.zip", tmp_path / "in" / "here")
     assert files_under(tmp_path) == ["a.zip"]
@@ -461,6 +570,43 @@ def test_unpacking_takes_what_is_wanted_and_keeps_what_is_there(tmp_path):
     assert (tmp_path / "out" / "a" / "1.txt").read_bytes() == b"mine"
     unpack(tmp_path / "a.zip", tmp_path / "out")
     assert files_under(tmp_path / "out") == ["a/1.txt", "a/2.txt", "b/3.txt"]
+
+
+def test_names_in_an_archive_do_not_steer_the_terminal(tmp_path):
+    (tmp_path / "a.zip").write_bytes(zipped({"../\x1b[2J": b"evil"}))
+    with pytest.raises(DownloadError) as caught:
+        unpack(tmp_path / "a.zip", tmp_path / "in")
+    assert str(caught.value).isprintable()
+
+
+def test_unpacking_follows_no_link_and_leaves_no_half_file(tmp_path):
+    (tmp_path / "mine").write_bytes(b"mine")
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (".x.txt.part", "x.txt"):
+        (out / name).symlink_to(tmp_path / ("mine" if name[0] == "." else "nowhere"))
+    (out / ".x.txt.999999999-a1b2c3").write_bytes(b"half")  # of a process that was killed
+    (out / "y.txt").write_bytes(b"")  # of a power cut
+    (tmp_path / "a.zip").write_bytes(zipped({"x.txt": b"x", "y.txt": b"y", "empty.txt": b""}))
+    unpack(tmp_path / "a.zip", out)
+    assert (tmp_path / "mine").read_bytes() == b"mine" and not (tmp_path / "nowhere").exists()
+    assert [(out / name).read_bytes() for name in ("x.txt", "y.txt", "empty.txt")] == [b"x", b"y", b""]
+    assert files_under(out) == [".x.txt.part", "empty.txt", "x.txt", "y.txt"]  # the link is somebody's own
+
+
+@pytest.mark.parametrize("make, says", [
+    (lambda path: None, "is missing"),
+    (lambda path: path.mkdir(), "a folder stands in its place"),
+    (lambda path: path.symlink_to("gone"), "is a link that leads nowhere"),
+    (lambda path: path.symlink_to(path.name), "a link leads back to itself"),
+    (lambda path: path.write_bytes(b"no archive"), "is not a whole zip archive .*get it again"),
+])  # fmt: skip
+def test_what_is_wrong_with_an_archive_is_said(tmp_path, make, says):
+    make(tmp_path / "a.zip")
+    with pytest.raises(DownloadError, match=f"a.zip.*{says}"):
+        unpack(tmp_path / "a.zip", tmp_path / "out")
+    with pytest.raises(DownloadError, match="the name is too long"):
+        unpack(tmp_path / ("a" * 300 + ".zip"), tmp_path / "out")
 
 
 def test_unpacking_checks_the_room_and_reports_a_missing_archive(tmp_path, monkeypatch):
@@ -832,6 +978,41 @@ def test_annotations_that_lead_elsewhere_are_refused(server, coco, tmp_path, cha
     assert not list(tmp_path.rglob("*.jpg"))
 
 
+@pytest.mark.parametrize("content", ['{"images": 3}', "[1]", "3", "null", '{"images": [{"id": 1}]}', '{"images": [3]}',
+                                     '{"images": [{"file_name": 3}]}', '{"images": [{"file_name": "../x"}]}',
+                                     "[" * 100_000, '{"images"'])  # fmt: skip
+@pytest.mark.parametrize("kind", ["captions", "panoptic"])
+def test_lists_of_another_form_are_named(server, coco, tmp_path, content, kind):
+    for name in ("captions", "instances", "panoptic"):
+        path = tmp_path / f"coco/annotations/{name}_val2017.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"images": [], "annotations": []}')
+    (tmp_path / f"coco/annotations/{kind}_val2017.json").write_text(
+        content.replace("images", "annotations") if kind == "panoptic" else content
+    )
+    with pytest.raises(DownloadError, match=f"{kind}_val2017.json (has not the form.*move it away|is not JSON)"):
+        download_coco(tmp_path, n=10, panoptic=True, files=coco)
+    assert not server.asked
+
+
+def test_an_empty_photograph_is_fetched_again(server, coco, tmp_path):
+    download_coco(tmp_path, n=10, files=coco)
+    name = min(photos(tmp_path))
+    (tmp_path / "coco/val2017" / name).write_bytes(b"")
+    download_coco(tmp_path, n=10, files=coco)
+    assert (tmp_path / "coco/val2017" / name).read_bytes() == PHOTOS[name]
+
+
+@pytest.mark.parametrize("record", ["{}", '{"annotations/captions_val2017.json": 3}',
+                                    '{"annotations/captions_val2017.json": {}}'])  # fmt: skip
+def test_a_damaged_record_of_lists_makes_them_somebody_elses(server, coco, tmp_path, record):
+    root = download_coco(tmp_path, n=10, files=coco)
+    (root / "downloads/made.json").write_text(record)
+    (root / "val2017" / min(photos(tmp_path))).unlink()
+    with pytest.raises(DownloadError, match="captions_val2017.json is there, and was not made by this command"):
+        download_coco(tmp_path, n=20, files=coco)
+
+
 def test_an_archive_of_annotations_without_captions(server, coco, tmp_path):
     coco |= publish(server, {"annotations_trainval2017.zip": zipped({"captions_val2017.json": b"{}"})})
     with pytest.raises(DownloadError, match="lacks annotations/captions_val2017.json"):
@@ -895,6 +1076,9 @@ def test_home_is_where_the_data_set_lies(tmp_path):
     assert dataset_folder("celeba", tmp_path) == tmp_path
     with pytest.raises(DownloadError, match="celeba, coco"):
         dataset_folder("imagenet", tmp_path)
+    for name in ("~nobody-of-that-name/x", "a\0b"):
+        with pytest.raises(DownloadError, match="data_dir .* is no name that a folder can have"):
+            dataset_folder("celeba", name)
 
 
 def test_checksums_are_of_the_content(tmp_path):
@@ -929,6 +1113,18 @@ def test_the_terms_are_shown_and_asked_for_once(ldm_edu, server, tmp_path):
     assert result.exit_code == 0 and len(faces(tmp_path)) == 10, result.output
     result = ldm_edu("celeba", "--data-dir", tmp_path, "--subset", 12)
     assert result.exit_code == 0 and "non-commercial" not in result.output and len(faces(tmp_path)) == 12
+
+
+@pytest.mark.parametrize("words, said", [
+    (("coco", "--split", "validation"), "train2017 or val2017, not 'validation'"),
+    (("celeba", "--split", "val2017"), "split and panoptic are for coco only"),
+    (("celeba", "--panoptic"), "split and panoptic are for coco only"),
+    (("imagenet",), "known: celeba, coco"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_the_terms_are_asked(ldm_edu, server, tmp_path, words, said):
+    result = ldm_edu(*words, "--data-dir", tmp_path, "--yes")
+    assert result.exit_code == 1 and said in result.output and "terms in short" not in result.output
+    assert not server.asked and not files_under(tmp_path)
 
 
 def test_coco_from_the_command_line(ldm_edu, tmp_path):
