@@ -6,6 +6,7 @@
 
 import json
 import math
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_edu.files import load_notes, load_tensors, save_tensors
+from ldm_edu.files import load_notes, load_tensors, parse_json, save_tensors
 from ldm_edu.data.batches import RAGGED_KEYS
 from ldm_edu.display import to_uint8
 from ldm_edu.errors import DataError
@@ -30,16 +31,21 @@ def _checksum(tensor: Tensor) -> int:
     return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, start)
 
 
+_TOLERANCE = 1 / 255  # how far an image may lie outside of [-1, 1]: no more than bytes change it by anyway
+
+
 def _as_tensor(key: str, value: Any) -> Tensor:
     "A value as a block keeps it: images and JSON text as bytes. DataError for what cannot come back as it was."
     try:
         if not isinstance(value, Tensor):
             text = json.dumps(value)
-            if repr(json.loads(text)) != repr(value):
+            if repr(parse_json(text, nan=True)) != repr(value):
                 raise TypeError("JSON would give back something else")
             return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         if value.layout != torch.strided or value.is_quantized or value.is_complex():
             raise TypeError(f"{value.dtype}, {value.layout}")
+        if key == "image" and value.is_floating_point() and value.numel() and value.abs().max() > 1 + _TOLERANCE:
+            raise ValueError(f"with values up to {value.abs().max():g}")
         return to_uint8(value.cpu()) if key == "image" else value.detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise DataError(
@@ -69,8 +75,8 @@ def pack(
     "The tensors of a block that keep these samples. DataError where a value cannot be kept, or keys differ."
     if odd := [list(sample) for sample in samples if sample.keys() != set(keys)]:
         raise DataError(f"all samples need the same keys, but some have {list(keys)} and some {odd[0]}")
-    if strange := [key for key in keys if not isinstance(key, str)]:
-        raise DataError(f"the keys of samples should be texts, not {strange[0]!r}")
+    if strange := [key for key in keys if not isinstance(key, str) or re.search("[\ud800-\udfff]", key)]:
+        raise DataError(f"the keys of samples should be texts without halves of letters, not {strange[0]!r}")
     columns = [_pack_column(key, [sample[key] for sample in samples]) for key in keys]
     return {name: tensor for column in columns for name, tensor in column.items()}
 
@@ -100,7 +106,7 @@ class Block:
         sums = load_notes(path)["sums"]
         if zlib.crc32(sums.encode()) != checksum:
             raise ValueError("the header has another checksum")
-        self._sums: dict[str, int] = json.loads(sums)
+        self._sums: dict[str, int] = parse_json(sums)
         self._tensors = load_tensors(path, mapped=True)
         self._length = length
         self._columns: dict[str, Any] = {}
@@ -129,5 +135,5 @@ class Block:
             self._columns[key] = column
         value = self._columns[key][row]
         if isinstance(value, bytes):
-            return json.loads(value)
+            return parse_json(value, nan=True)
         return value.clone() if isinstance(self._columns[key], list) else value

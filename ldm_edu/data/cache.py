@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm_edu.basics import progress
-from ldm_edu.files import leftovers, save_json
+from ldm_edu.files import brief, leftovers, parse_json, read_json, save_json
 from ldm_edu.data.batches import SampleDataset, _check_keys, collate
 from ldm_edu.data.blocks import BROKEN, Block, pack, write_block
 from ldm_edu.data.images import from_uint8
@@ -39,32 +39,54 @@ def _block_file(block: int) -> str:
     return f"block-{block:06}.safetensors"
 
 
+def _are_texts(values: Any) -> bool:
+    "Is this a list of texts, no two of them the same?"
+    return isinstance(values, list) and all(isinstance(v, str) for v in values) and len(set(values)) == len(values)
+
+
+def _check_state(state: Any, folder: Path) -> None:
+    "An error of `BROKEN` where a state is of another form, or does not fit the files beside it."
+    if state["dataset"].get("format") != FORMAT:
+        raise ValueError("another version of ldm_edu wrote it, in another format")
+    if lacking := {"block", "keys", "attribute_names", "sums"} - set(state):
+        raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
+    n, block, sums, names = state["dataset"]["samples"], state["block"], state["sums"], state["attribute_names"]
+    is_list = isinstance(sums, list) and all(type(value) is int for value in sums)
+    if not is_list or not _are_texts(state["keys"]) or not (names is None or _are_texts(names)):
+        raise ValueError("sums should be a list of numbers, and keys and attribute_names lists of texts that differ")
+    is_right = type(n) is type(block) is int and 1 <= n < 2**63 and 1 <= block < 2**63
+    if not is_right or (len(sums) - 1) * block >= n or (sums and not state["keys"]):
+        raise ValueError(f"{len(sums)} blocks of {block} are no part of {n} samples")
+    if gone := {_block_file(i) for i in range(len(sums))} - set(os.listdir(folder)):
+        raise ValueError(f"{min(gone)} is missing")
+
+
 def _read_state(folder: Path) -> _State | None:
     "The state of the cache in a folder; None where there is none yet; DataError where it does not fit the files."
     path = folder / STATE_FILE
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        if state["dataset"].get("format") != FORMAT:
-            raise ValueError("another version of ldm_edu wrote it, in another format")
-        if lacking := {"block", "keys", "attribute_names"} - set(state):
-            raise ValueError(f"it lacks {', '.join(sorted(lacking))}")
-        n, block, count = state["dataset"]["samples"], state["block"], len(state["sums"])
-        if not type(n) is type(block) is int or n < 1 or block < 1 or (count - 1) * block >= n:
-            raise ValueError(f"{count} blocks of {block} are no part of {n} samples")
-        if gone := {_block_file(i) for i in range(count)} - set(os.listdir(folder)):
-            raise ValueError(f"{min(gone)} is missing")
-        return state
-    except (FileNotFoundError, NotADirectoryError):
-        if (folder / _block_file(0)).exists() and not path.exists():
-            raise DataError(f"{folder} has only a part of a cache: delete it and it will be made again") from None
+    if not os.path.lexists(path):
+        if (folder / _block_file(0)).exists():
+            raise DataError(f"{folder} has only a part of a cache: delete it and it will be made again")
         return None
+    try:
+        state = read_json(path, DataError)
+        _check_state(state, folder)
+        return state
     except BROKEN as error:
-        raise DataError(f"{path} is damaged or does not fit the files beside it ({error}): {AGAIN}") from error
+        raise DataError(f"{path} is damaged or does not fit the files beside it ({brief(error)}): {AGAIN}") from error
+
+
+def _identity(dataset: SampleDataset) -> dict[str, Any]:
+    "The identity of a data set as it is written; DataError where JSON cannot hold it."
+    try:
+        return parse_json(json.dumps(dataset.identity()))
+    except (TypeError, ValueError) as error:
+        raise DataError(f"a cache cannot keep the identity() of {type(dataset).__name__} as JSON: {error}") from error
 
 
 def _open_state(dataset: SampleDataset, folder: Path, n: int, block: int) -> _State:
     "The state of the cache of these samples: the one in the folder, or a new one. DataError where it is of others."
-    asked = {"format": FORMAT, "samples": n, **json.loads(json.dumps(dataset.identity()))}
+    asked = {"format": FORMAT, "samples": n, **_identity(dataset)}
     names = getattr(dataset, "attribute_names", None)
     new = {"dataset": asked, "block": block, "keys": [], "attribute_names": names, "sums": []}
     state = _read_state(folder) or new
@@ -85,7 +107,7 @@ def _is_complete(state: _State) -> bool:
 
 def _fill(dataset: SampleDataset, folder: Path, state: _State, word: str) -> None:
     "Write the samples that are still lacking, block by block, and say so in the state after each."
-    for path in leftovers(folder):
+    for path in filter(Path.is_file, leftovers(folder)):
         path.unlink(missing_ok=True)
     n, block = state["dataset"]["samples"], state["block"]
     # The toy data sets draw several samples together faster than one by one.
@@ -149,7 +171,7 @@ class SampleCache(Dataset[dict[str, Any]]):
                 self._blocks[block] = Block(self.folder / _block_file(block), self._state["sums"][block], length)
             return self._blocks[block].value(key, row)
         except BROKEN as error:
-            raise DataError(f"{self.folder / _block_file(block)} is damaged ({error}): {AGAIN}") from error
+            raise DataError(f"{self.folder / _block_file(block)} is damaged ({brief(error)}): {AGAIN}") from error
 
     def _samples(self, indices: Sequence[int] | np.ndarray | Int[Tensor, "b"], keys: Sequence[str]) -> list[dict]:
         "Samples with some of their keys, with images as bytes."

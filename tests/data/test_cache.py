@@ -474,6 +474,26 @@ DAMAGE = {
     "about without names": lambda folder: rewrite(folder, lambda state: state.pop("attribute_names")),
     "about with no blocks": lambda folder: rewrite(folder, lambda state: state.update(block=0)),
     "about with half blocks": lambda folder: rewrite(folder, lambda state: state.update(block=20.5)),
+    "about with blocks without end": lambda folder: rewrite(
+        folder, lambda state: (state.update(block=2**70, sums=[1]), state["dataset"].update(samples=2**70))
+    ),
+    "about with minus blocks": lambda folder: rewrite(folder, lambda state: state.update(block=-20)),
+    "about with a block of true": lambda folder: rewrite(folder, lambda state: state.update(block=True)),
+    "about without sums": lambda folder: rewrite(folder, lambda state: state.pop("sums")),
+    "about with sums in words": lambda folder: rewrite(folder, lambda state: state.update(sums="abc")),
+    "about with sums in a dict": lambda folder: rewrite(folder, lambda state: state.update(sums={"0": 1})),
+    "about with nothing in sums": lambda folder: rewrite(folder, lambda state: state.update(sums=[None] * 3)),
+    "about with no keys": lambda folder: rewrite(folder, lambda state: state.update(keys=[])),
+    "about with keys of numbers": lambda folder: rewrite(folder, lambda state: state.update(keys=[1, 2])),
+    "about with a key for keys": lambda folder: rewrite(folder, lambda state: state.update(keys="image")),
+    "about with one key": lambda folder: rewrite(folder, lambda state: state.update(keys=5)),
+    "about with names of numbers": lambda folder: rewrite(folder, lambda state: state.update(attribute_names=[1])),
+    "about nested without end": lambda folder: (folder / "cache.json").write_text("[" * 10**5),
+    "about that is a dead link": lambda folder: (
+        (folder / "cache.json").unlink(),
+        (folder / "cache.json").symlink_to("gone"),
+    ),
+    "about with NaN": lambda folder: rewrite(folder, lambda state: state.update(block=float("nan"))),
     "about with longer blocks": lambda folder: rewrite(folder, lambda state: state.update(block=21)),
     "about with too many blocks": lambda folder: rewrite(folder, lambda state: state["sums"].append(1)),
     "about with other blocks": lambda folder: rewrite(folder, lambda state: state["sums"].reverse()),
@@ -615,6 +635,42 @@ def test_what_a_cache_cannot_keep_is_named(tmp_path, kind):
 def test_images_that_are_none_are_refused(tmp_path, image):
     with pytest.raises(DataError, match="cannot keep 'image', a Tensor .*(uint8|nan)"):
         cached(Listed([{"image": image}]), tmp_path)
+
+
+@pytest.mark.parametrize("beyond", [1.01, -1.5, 255.0, float("inf")])
+def test_images_beyond_their_range_are_refused_and_not_cut_off(tmp_path, beyond):
+    image = torch.zeros(3, 2, 2)
+    image[0, 0, 0] = beyond
+    with pytest.raises(DataError, match="cannot keep 'image', a Tensor .with values up to .*images in .-1, 1."):
+        cached(Listed([{"image": image}]), tmp_path)
+    image[0, 0, 0] = 1.001  # rounding, as of a filter: bytes change more
+    assert cached(Listed([{"image": image}]), tmp_path / "b")[0]["image"].max() == 1
+
+
+@pytest.mark.parametrize("number", [2**63, -(2**70), 10**400])
+def test_numbers_beyond_a_tensor_come_back_alone_and_make_no_column(tmp_path, number):
+    cache = cached(Listed([{"a": number}, {"a": 1}]), tmp_path)
+    assert cache[0]["a"] == number
+    with pytest.raises(DataError, match="'a' holds a whole number of .* bits"):
+        cache.column("a")
+
+
+def test_halves_of_letters_are_kept_in_texts_and_refused_in_keys(tmp_path):
+    samples = [{"text": "\ud83d \udce9", "list": ["\udcff", {"\ud83d": 1}]}]
+    assert same(list(cached(Listed(samples), tmp_path / "a")), samples)
+    with pytest.raises(DataError, match=r"keys of samples should be texts without halves.*'\\ud83d'"):
+        cached(Listed([{"\ud83d": 1}]), tmp_path / "b")
+    assert not (tmp_path / "b" / "cache.json").exists()
+
+
+@pytest.mark.parametrize("identity", [{"a": {1, 2}}, {"a": float("nan")}, {"a": object()}, {(1, 2): 3}])
+def test_an_identity_that_cannot_be_written_is_named(tmp_path, identity):
+    class Strange(Listed):
+        def identity(self) -> dict:
+            return identity
+
+    with pytest.raises(DataError, match=r"identity\(\) of Strange as JSON"):
+        cached(Strange([{"a": 1}]), tmp_path)
 
 
 @pytest.mark.parametrize(
