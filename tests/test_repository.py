@@ -265,6 +265,64 @@ def test_every_module_is_exported_or_listed_as_written_by_hand():
     assert {p.relative_to(ROOT).as_posix() for p in exported} == formatted, "[tool.ruff.format] exclude lists the rest"
 
 
+# Who may do what, and why. Everybody else calls these modules: their errors name the file and the remedy.
+ONLY = {
+    "open a picture": {"data/images.py"},  # with a list of formats, or a file could start other programs
+    "write to a file": {"files.py"},  # whole or not at all, and never through a link that lies there
+    "parse JSON": {"files.py"},  # text that is nested without end, or has NaN in it, is refused
+}
+UNFINISHED = {("write to a file", "training/run.py"), ("parse JSON", "training/run.py")}  # the log of a run
+
+
+def deeds(path: Path) -> set[str]:
+    """Which of ONLY a module does."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module in ("json", "PIL.Image"):
+            found |= {"parse JSON"} if {a.name for a in node.names} & {"load", "loads"} else set()
+            found |= {"open a picture"} if "open" in {a.name for a in node.names} else set()
+        if not isinstance(node, ast.Call):
+            continue
+        called = ast.unparse(node.func)
+        if called in ("json.load", "json.loads"):
+            found.add("parse JSON")
+        elif called in ("Image.open", "PIL.Image.open"):
+            found.add("open a picture")
+        elif called.rpartition(".")[2] in ("write_text", "write_bytes") and called not in ("write_text", "write_bytes"):
+            found.add("write to a file")
+        elif called.rpartition(".")[2] == "open":
+            modes = [a.value for a in (*node.args, *(k.value for k in node.keywords if k.arg == "mode"))
+                     if isinstance(a, ast.Constant) and isinstance(a.value, str)]  # fmt: skip
+            found |= {"write to a file"} if any(re.fullmatch("[rbt]*[wax+][bt+]*", mode) for mode in modes) else set()
+    return found
+
+
+def test_pictures_files_and_json_are_opened_in_one_place_each():
+    done = {(deed, path.relative_to(PACKAGE).as_posix()) for path in MODULES for deed in deeds(path)}
+    allowed = {(deed, module) for deed, modules in ONLY.items() for module in modules}
+    assert not sorted(done - allowed - UNFINISHED), "call ldm_edu.files or ldm_edu.data.images instead"
+    assert allowed <= done, "the modules that may do it do not: did the code move?"
+
+
+def test_a_module_that_opens_files_by_itself_is_found(tmp_path):
+    for line, deed in {
+        "Image.open(path)": "open a picture",
+        "from PIL.Image import open": "open a picture",
+        "with path.open('wb') as file: pass": "write to a file",
+        "open(path, mode='a')": "write to a file",
+        "open(path, 'r+b')": "write to a file",
+        "path.write_text('x')": "write to a file",
+        "Path('x').write_bytes(b'x')": "write to a file",
+        "json.load(file)": "parse JSON",
+        "values = json.loads(path.read_text())": "parse JSON",
+        "from json import loads": "parse JSON",
+    }.items():
+        (tmp_path / "a.py").write_text(line)
+        assert deeds(tmp_path / "a.py") == {deed}, line
+    (tmp_path / "a.py").write_text("open(path)\nopen(path, 'rb')\npath.open()\nwrite_text('x', path)\njson.dumps(1)")
+    assert not deeds(tmp_path / "a.py")
+
+
 def test_exported_cells_are_short():
     """A class that is longer than this is built up in parts, each shown before the next."""
     cells = [
