@@ -9,7 +9,7 @@ __all__ = ['PROFILES', 'Settings', 'load_settings']
 import configparser
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,9 +49,9 @@ class Settings:
         "`n` training steps, or as many as the profile allows."
         return _capped(n, self.max_steps)
 
-    def images(self, n: int) -> int:
-        "`n` images, or as many as the profile allows."
-        return _capped(n, self.max_images)
+    def images(self, n: int, dataset: Sized | None = None) -> int:
+        "`n` images, or as many as the profile allows and, where one is given, the data set has."
+        return _capped(n if dataset is None else min(n, len(dataset)), self.max_images)
 
     def sampling_steps(self, n: int) -> int:
         "`n` denoising steps, or as many as the profile allows."

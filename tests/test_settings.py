@@ -148,6 +148,7 @@ def test_no_cap(ini, none):
 @pytest.mark.parametrize("profile", PROFILES)
 def test_caps_only_lower(profile, n):
     settings, caps = Settings(profile, **PROFILES[profile]), PROFILES[profile]
+    assert settings.images(n, range(5)) == min(settings.images(n), 5)  # no more than a data set has
     got = settings.steps(n), settings.images(n), settings.sampling_steps(n)
     assert got == tuple(min(n, cap if cap is not None else math.inf) for cap in caps.values())
 

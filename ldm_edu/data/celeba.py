@@ -114,7 +114,10 @@ class CelebA(Dataset[dict[str, Any]]):
         present, self.missing = _present(self.root / "img_align_celeba", listed)
         names = [name for name, part in zip(present, self._splits_of(present)) if part == split]
         if not names:
-            raise DataError(f"{self.root}: none of the images that are there falls into split {split!r}")
+            raise DataError(
+                f"{self.root}: none of the {len(present)} images that are there falls into split {split!r}; "
+                "a larger subset has images of every split"
+            )
         row = {name: i for i, name in enumerate(listed)}
         self.files = [self.root / "img_align_celeba" / name for name in names]
         self.attributes = torch.from_numpy(attributes[[row[name] for name in names]]).float()  # (n, a)

@@ -482,7 +482,8 @@ class COCO(Dataset[dict[str, Any]]):
             self._add_folder(folder, present)
         if not self.files:
             needs = f"{', '.join(self.keys)}; without what these need: {self.without}"
-            raise DataError(f"{self.root}: no image is left for split {split!r} with {needs}")
+            hint = "; a larger subset has images of every split" * (split in SPLIT_SHARES)
+            raise DataError(f"{self.root}: no image is left for split {split!r} with {needs}{hint}")
         self.degenerate = sum(things.degenerate for things in self._annotations.get("instances", []))
 
     def _source(self, kind: str, folder: str) -> Path:
