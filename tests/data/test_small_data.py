@@ -67,7 +67,8 @@ def test_pages_run_on_24_pictures_of_which_one_is_held_out(tmp_path, root):
     small_coco(tmp_path, train=22, validation=1, test=1)
     pages = pages_with_data(root)
     assert len(pages) >= 8
-    chosen = {"LDM_EDU_DATASET": "coco", "LDM_EDU_DATA_DIR": str(tmp_path), "LDM_EDU_PROFILE": "ci", "OMP_NUM_THREADS": "1"}
+    chosen = {"LDM_EDU_DATASET": "coco", "LDM_EDU_DATA_DIR": str(tmp_path), "LDM_EDU_PROFILE": "ci"}
+    chosen["OMP_NUM_THREADS"] = "1"  # many small steps: threads would only wait for each other
     command = [sys.executable, "-m", "pytest", *map(str, pages), "--no-compare", "-q", "-p", "no:cacheprovider"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     done = subprocess.run(command, cwd=root, env=inherited | chosen, capture_output=True, text=True, timeout=540)
