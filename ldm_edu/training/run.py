@@ -29,6 +29,7 @@ from ldm_edu.basics import pick_device, pick_dtype
 from ldm_edu.checks import check_count, check_number
 from ldm_edu.errors import CheckpointError, LDMError
 from ldm_edu.files import (
+    appending,
     atomic,
     brief,
     folder_for,
@@ -237,8 +238,8 @@ class Run:
             # JSON knows neither infinity nor what is no number.
             finite = {name: value if _is_finite(value) else None for name, value in values.items()}
             line = json.dumps({"stage": stage, "step": step} | finite)
-            with self.beside(path), open(path, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+            with self.beside(path), appending(path, LDMError) as append:
+                append(f"{line}\n".encode())
         if self.options.trackers:
             named = {f"{stage}/{name}": value for name, value in ({"step": step} | values).items()}
             try:
