@@ -402,7 +402,7 @@ class Part(nn.Module, Saved):
         folder: str | Path,  # created where it does not exist
         half: bool = False,  # save the weights as float16
     ) -> None:
-        """Write config.json and model.safetensors: both whole, or neither.
+        """Write config.json and model.safetensors, which belong together: a save that fails leaves the old files.
 
         Raises CheckpointError, and leaves the old files as they were, where an argument cannot be written as JSON, a
         weight does not fit float16, or the disk is full.

@@ -103,7 +103,10 @@ def check_images(
     value: Any,
     channels: int = 3,
 ) -> Tensor:
-    "`value` as it is; LDMError where it is no batch of images (b, c, h, w) in [-1, 1]. On the CPU the range is checked."
+    """`value` as it is; LDMError where it is no batch (b, c, h, w) of floating-point numbers.
+
+    On the CPU, values beyond ±16 are refused, too: noise or an overshooting filter does not lead there, bytes do.
+    """
     images = check_tensor(name, value, ("b", channels, "h", "w"))
     least, most = known_range(images) or (0, 0)
     if not -MOST_VALUE <= least <= most <= MOST_VALUE:

@@ -297,7 +297,7 @@ def train(
     max_steps: Annotated[int | None, typer.Option(min=1, help="upper limit of steps for each stage")] = None,
     device: Device = None,
     precision: Annotated[
-        str | None, typer.Option(help="fp32, bf16 or fp16; default: bf16 where the device is faster in it")
+        str | None, typer.Option(help="fp32, bf16, fp16 or fp64; default: bf16 where the device is faster in it")
     ] = None,
     compile: Annotated[
         bool, typer.Option(help="compile the networks: a slower start, then often faster steps")

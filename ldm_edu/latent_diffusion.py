@@ -227,7 +227,7 @@ class LatentDiffusion(Sampling, Saved):
         folder: str | Path,  # made if it is not there
         half: bool = False,  # weights as float16
     ) -> None:
-        "Write config.json and a folder for each part: all of them, or none; see `whole_folder`."
+        "Write config.json and a folder for each part. A save that fails leaves the old files; see `whole_folder`."
         config = {CLASS: "LatentDiffusion", "schedule": self.schedule.config, "size": self.size}
         config |= {"conditional": self.conditioner is not None, "provenance": self.provenance}
         with whole_folder(folder) as new:

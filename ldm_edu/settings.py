@@ -61,9 +61,10 @@ class Settings:
 def _read_ini(path: Path) -> dict[str, dict[str, str]]:
     "The sections of an ini file, as plain dicts."
     parser = configparser.ConfigParser(interpolation=None, inline_comment_prefixes=("#",))
+    text = read_text(path, LDMError)
     try:
-        parser.read_string(read_text(path, LDMError), source=path.name)
-    except (configparser.Error, LDMError) as error:
+        parser.read_string(text, source=path.name)
+    except configparser.Error as error:
         raise LDMError(f"{path} cannot be read as an ini file: {brief(error)}") from error
     return {name: dict(parser[name]) for name in parser.sections()}
 

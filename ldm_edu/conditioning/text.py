@@ -39,6 +39,7 @@ def suggest(unknown: Sequence[str], known: Sequence[str], n: int = 8) -> list[st
 # %% ../../nbs/4_conditioning/41_text.ipynb #bd59bc89
 def check_prompt(prompt: str) -> None:
     "LDMError where a prompt says something that has no words: symbols that would be left out, or punctuation alone."
+    # S: symbols, such as emoji; C: characters that are not seen
     odd = [c for c in prompt if unicodedata.category(c)[0] in "SC" and not c.isascii() and not c.isspace()]
     if odd:
         raise LDMError(f"the prompt {prompt!r} has symbols that are no words, such as {odd[0]!r}: leave them out")

@@ -272,7 +272,7 @@ def _side(image: dict[str, Any], key: str) -> int:
 def _id(record: dict[str, Any], key: str) -> Any:
     "An id, which some programs write as a text."
     if not isinstance(record[key], int | float | str):
-        raise TypeError(f"{key} should be a number, not {_told(record[key])}")
+        raise TypeError(f"{key} should be a number or a text, not {_told(record[key])}")
     return record[key]
 
 
@@ -439,7 +439,7 @@ class COCO(Dataset[dict[str, Any]]):
 
     Images that are not there are counted in `missing`, those without an annotation that is asked for in `without`.
     A box of which less than a pixel is left in the square is dropped, with its mask. Where `instances` are asked for, a
-    thing whose outline encloses nothing (no polygon with three corners, no run lengths) is left out with its box, and
+    thing whose outline encloses nothing (fewer than three corners, a line along a side, run lengths of zeros only) is left out with its box, and
     counted in `degenerate`. DataError names a file that is missing or damaged, or that does not belong to the image,
     and the entry of a JSON file that is wrong.
     """

@@ -17,7 +17,7 @@ from ldm_edu.files import reason
 __all__ = ["ImageFolder"]
 
 SPLIT_SHARES = {"train": 8, "validation": 1, "test": 1}  # tenths, where a data set has no partition of its own
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
 DATA_HELP = "data/README.md in the project's repository says how to get the data and where it goes"
 
 

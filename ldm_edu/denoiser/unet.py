@@ -230,7 +230,7 @@ def take_slots(
     concat_channels: int,
     vector_dim: int | None,
 ) -> tuple[Tensor | None, ...]:
-    "The context, concat and vector of `cond`, as x's kind of numbers; LDMError where they are not the UNet's."
+    "The context, concat and vector of `cond` in the dtype of `x`; LDMError where they do not fit the UNet."
     slots = ("context", "concat", "vector")
     if cond is not None and not any(hasattr(cond, slot) for slot in slots):
         raise LDMError(f"cond is a {type(cond).__name__}, which has none of the slots {', '.join(slots)}")
@@ -261,7 +261,7 @@ def check_input(
     check_device("t", check_timesteps("t", t, b), x.device, "x")
 
 # %% ../../nbs/3_denoiser/32_unet.ipynb #2ce32dee
-def check_numbers(**arguments: Any) -> None:
+def check_unet_arguments(**arguments: Any) -> None:
     "LDMError where an argument of `UNet` is not a number that it can be."
     at_least_one = ("in_channels", "out_channels", "channels", "head_channels")
     check_counts(**{name: arguments[name] for name in at_least_one})
@@ -338,7 +338,7 @@ class UNet(Part, PlannedUNet):
         def attention(c: int) -> nn.Module:
             return attention_layer(c, head_channels, heads, context_dim, transformer_depth, linear_projection)
 
-        check_numbers(**self.config)
+        check_unet_arguments(**self.config)
         res = partial(ResBlock, emb_dim=4 * channels, dropout=dropout)
         down = down_plan(in_channels + concat_channels, channels, multipliers, blocks, attention_factors)
         super().__init__(down, up_plan(down, blocks), out_channels, vector_dim, res, attention)

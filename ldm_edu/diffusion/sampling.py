@@ -113,7 +113,7 @@ def _walk(
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #e2ec46c4
 def _check_start(x_T: Tensor, noise: SeededNoise | None) -> None:
-    "LDMError where the start is no batch of finite numbers, or where samples and seeds differ in number."
+    "LDMError where the start is no batch of numbers (on the CPU: finite ones), or where seeds and samples differ in number."
     check_tensor("x_T", x_T, ("b", "..."))
     if not all(map(isfinite, known_range(x_T) or ())):
         raise LDMError("x_T holds numbers that are not finite, but should be standard normal noise")

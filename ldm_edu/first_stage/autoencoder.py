@@ -361,6 +361,9 @@ def estimate_scale(
     images: Float[Tensor, "n 3 h w"],  # images in [−1, 1]
     chunk: int = 64,  # images encoded at a time
 ) -> float:
-    "1 / σ̂, the factor that gives drawn latents unit standard deviation, over all numbers of all latents (app. G)."
+    "1 / σ̂, the factor that gives drawn latents unit standard deviation (app. G); `LDMError` where they are all equal."
     z = torch.cat([first_stage.posterior(x).sample().float() for x in images.split(chunk)])
-    return check_number("1 / σ̂", 1 / max(z.std(correction=0).item(), 1e-30), 1e-6, 1e6)
+    std = z.std(correction=0).item()
+    if not 1e-6 <= std <= 1e6:
+        raise LDMError(f"images: their latents have the standard deviation {std:g}, so there is no scale factor")
+    return 1 / std

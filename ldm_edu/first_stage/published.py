@@ -254,7 +254,7 @@ def _check_plain(tensors: Mapping[str, Tensor], size: int) -> None:
 
 
 def _named_tensors(path: Path) -> dict[str, Tensor]:
-    "The named tensors of a pickle, at its top or under 'state_dict'."
+    "The named tensors of a pickle, at its top or under 'state_dict', which may hold another one."
     held = _read_pickle(path)
     for _ in range(3):  # some have one inside another
         held = held["state_dict"] if isinstance(held, dict) and isinstance(held.get("state_dict"), dict) else held
@@ -368,7 +368,7 @@ def _scale_and_groups(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
 
 # %% ../../nbs/workshop/published_weights.ipynb #0b5004d8
 def load_published(
-    path: str | Path,  # a .safetensors or .ckpt file, or a folder that diffusers wrote
+    path: str | Path,  # a .safetensors file, a pickle (.ckpt, .pt, .pth, .bin), or a folder that diffusers wrote
     scale_factor: float | None = None,  # KL; None: as the folder says, else 1; for Stable Diffusion's file give 0.18215
     groups: int | None = None,  # of every GroupNorm; None: as the folder says, else 32
     legacy: bool = False,  # VQ, for training on: the commitment of the released code, see `VectorQuantizer`

@@ -6,6 +6,7 @@
 __all__ = ['nearest', 'VectorQuantizer', 'codebook_usage', 'AutoencoderVQ', 'IdentityFirstStage', 'load_first_stage']
 
 # %% ../../nbs/1_first_stage/15_quantization.ipynb #eeb79dc0
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ def nearest(
 ) -> Int[Tensor, " n"]:
     "The index of the nearest entry, by Euclidean distance, in float32 or better."
     dtype = torch.promote_types(z.dtype, torch.float32)
-    # not by |z|² - 2 z·e + |e|², as a matrix product would: far from zero, small differences of large numbers are noise
+    # |z|² - 2 z·e + |e|² by a matrix product would be as good near zero; far from it, it rounds too coarsely
     entries, mode = entries.to(dtype), "donot_use_mm_for_euclid_dist"
     return torch.cat([torch.cdist(part.to(dtype), entries, compute_mode=mode).argmin(1) for part in z.split(rows)])
 
@@ -183,9 +184,6 @@ class IdentityFirstStage(PointFirstStage):
         return h
 
 # %% ../../nbs/1_first_stage/15_quantization.ipynb #71a57236
-import os
-
-
 def load_first_stage(
     name: str | Path,  # of a first stage or of a model that has one: a folder, a shipped checkpoint, or "user/model"
     part: str | None = None,  # subfolder; None: "first_stage" where there is one

@@ -24,14 +24,20 @@ from ..evaluation.judge import SceneReader, Share, augment, reader_accuracy, rea
 from ..first_stage.autoencoder import FirstStage
 from ..first_stage.quantization import load_first_stage
 from .data import cached_dataset, data_checksum
-from .loop import Stage, batch_indices, sample_streams, to_device
+from .loop import Stage, batch_indices, repetitions, sample_streams, to_device
 from .recipes import FeaturesRecipe, ReaderRecipe
 from .run import Run
 
 # %% ../../nbs/workshop/judge_training.ipynb #b7c791d6
-def reader_randomness(seed: int, step: int, indices: Sequence[int], latent: Sequence[int]) -> dict[str, Tensor]:
+def reader_randomness(
+    seed: int,
+    step: int,
+    indices: Sequence[int],
+    latent: Sequence[int],  # shape of one latent's noise
+    repeats: Sequence[int] | None = None,  # see `repetitions` in 53_training
+) -> dict[str, Tensor]:
     "What is random about a step of the judge: `u` (b, 5) uniform, `noise` (b, 3, 64, 64), `latent_noise` (b, c, h, w)."
-    streams = sample_streams(seed, step, indices)
+    streams = sample_streams(seed, step, indices, repeats)
 
     def normal(shape: Sequence[int]) -> Tensor:
         return torch.from_numpy(np.stack([rng.standard_normal(tuple(shape), dtype=np.float32) for rng in streams]))
@@ -173,8 +179,9 @@ class ReaderStage(Stage):
     def batch(self, step: int) -> dict[str, Tensor]:
         "Images to be read, some of them through a first stage, and the truth of their scenes."
         recipe, training = self.recipe, self.training
-        indices = self.run.shard(batch_indices(self.seed, step, training.batch_size, len(self.data)))
-        random = reader_randomness(self.seed, step, indices, (self.numbers,))
+        whole = batch_indices(self.seed, step, training.batch_size, len(self.data))
+        indices, repeats = self.run.shard(whole), self.run.shard(repetitions(whole))
+        random = reader_randomness(self.seed, step, indices, (self.numbers,), repeats)
         batch, (through, u) = self.data.batch(indices), random["u"].split([3, 2], dim=1)
         how = through, random["latent_noise"], recipe.reconstructed, recipe.latent_noise
         with torch.autocast("cpu", torch.bfloat16, enabled=self.run.accelerator.precision == "bf16"):

@@ -43,15 +43,27 @@ def batch_indices(
     return [_permutation(seed, i // n, n)[i % n] for i in range(first, first + batch_size)]
 
 # %% ../../nbs/5_latent_diffusion/53_training.ipynb #325070c6
-def sample_streams(seed: int, step: int, indices: Sequence[int]) -> list[np.random.Generator]:
-    "A generator for each sample of a step; a sample that is there twice, at the end of an epoch, has two."
+def repetitions(
+    indices: Sequence[int],  # of a whole batch, over all processes
+) -> list[int]:
+    "How often each sample stands in the batch already; mostly 0."
     seen: Counter[int] = Counter()
-    streams = []
+    counts = []
     for index in indices:
-        again = [seen[index]] if seen[index] else []
-        streams.append(np.random.default_rng([seed, step, index, *again]))
+        counts.append(seen[index])
         seen[index] += 1
-    return streams
+    return counts
+
+
+def sample_streams(
+    seed: int,
+    step: int,
+    indices: Sequence[int],
+    repeats: Sequence[int] | None,  # see `repetitions`; None: `indices` are a whole batch
+) -> list[np.random.Generator]:
+    "A generator for each sample of a step."
+    repeats = repetitions(indices) if repeats is None else repeats
+    return [np.random.default_rng([seed, step, i, *[k][: k > 0]]) for i, k in zip(indices, repeats, strict=True)]
 
 # %% ../../nbs/5_latent_diffusion/53_training.ipynb #ea59020e
 def step_randomness(
@@ -60,9 +72,10 @@ def step_randomness(
     indices: Sequence[int],  # of the samples, b of them
     shape: Sequence[int],  # of one latent, (c, h, w)
     T: int = 1000,  # noise levels
+    repeats: Sequence[int] | None = None,  # see `repetitions`; None: `indices` are a whole batch
 ) -> dict[str, Tensor]:
     "What is random about a step: `t`, uniform `u` and `phrase` (b,), normal `noise` and `latent_noise` (b, c, h, w)."
-    streams = sample_streams(seed, step, indices)
+    streams = sample_streams(seed, step, indices, repeats)
 
     def uniform() -> Tensor:
         return torch.tensor([rng.random() for rng in streams], dtype=torch.float32)

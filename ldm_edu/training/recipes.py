@@ -398,8 +398,9 @@ class ReaderRecipe(Trained):
     def __post_init__(self):
         for name, most in {"unseen_pairs": 1.0, "reconstructed": 1.0, "latent_noise": 1e3}.items():
             check_number(name, getattr(self, name), 0.0, most)
-        for name, value in (("judged_on", self.judged_on), *(("channels", width) for width in self.channels)):
-            check_count(name, value)
+        check_count("judged_on", self.judged_on)
+        for width in self.channels:
+            check_count("channels", width)
         if not self.first_stages:
             raise LDMError("first_stages is empty: name at least one; reconstructed=0.0 sends no image through it")
 
@@ -447,7 +448,7 @@ AnyRecipe = Recipe | AutoencoderRecipe | ReaderRecipe | FeaturesRecipe
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #0cc143da
 def find_recipe(name: str) -> AnyRecipe:
     "The recipe of that name; `LDMError` lists the known ones."
-    if name not in list(RECIPES):
+    if not isinstance(name, str) or name not in RECIPES:
         near = difflib.get_close_matches(str(name), RECIPES, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise LDMError(f"unknown recipe '{name}'; known: {', '.join(RECIPES)}{hint}")
@@ -486,7 +487,7 @@ def _build(cls: type, values: Mapping[str, Any]) -> Any:
             value = _build(_PARTS[name], value)
         arguments[name] = tuple(value) if isinstance(value, list) else value
     check_fields(cls, arguments)
-    check_count("seed", arguments.get("seed", 0), 0, MOST_SEED - 1)  # the second stage's is one more
+    check_count("seed", arguments.get("seed", 0), 0, MOST_SEED - 1)  # the second stage is seeded with seed + 1
     return cls(**arguments)
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #d6b3500e
@@ -515,7 +516,7 @@ def recipe_from_dict(values: Mapping[str, Any]) -> AnyRecipe:
         raise LDMError(f"a recipe should be a dict, as `recipe_to_dict` makes it, not {values!r:.60}")
     rest = dict(values)
     kind = rest.pop("kind", "diffusion model")
-    if kind not in list(_KINDS):
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise LDMError(f"kind={kind!r} is no kind of recipe; known: {', '.join(_KINDS)}")
     try:
         return _build(_KINDS[kind], _translated(rest))

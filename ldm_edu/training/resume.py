@@ -61,8 +61,7 @@ def save_samples(run: Run, stage: Stage, state: State) -> None:
     path = run.folder / "samples" / f"{stage.name}-{state.step:06d}.png"
     image = None
     try:
-        if run.accelerator.dtype == torch.float32:  # samplers draw their noise in float32
-            image = stage.sample(state.ema.module)
+        image = stage.sample(state.ema.module)
     except Exception as error:  # a training of hours is not ended by a picture
         warnings.warn(f"{stage.name}: no sample could be drawn at step {state.step} ({error})", stacklevel=2)
     if image is not None:

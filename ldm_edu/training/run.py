@@ -414,7 +414,7 @@ def chosen_precision(folder: Path, options: RunOptions) -> str | None:
 
 
 def is_only_begun(folder: Path) -> bool:
-    "Does the folder hold a recipe of ours, of a run that was stopped before its data were prepared?"
+    "Does the folder hold a recipe of ours? Of a run, that is, without a log, samples, latents or checkpoints yet."
     try:
         return (folder / "recipe.json").exists() and kept_recipe(folder) is not None
     except LDMError:
@@ -533,7 +533,7 @@ def open_run(
     folder: str | Path,  # of the run; made if it is not there
     options: RunOptions = RunOptions(),
 ) -> Run:
-    """Open the folder of a new run, or of one that goes on. Whatever is refused is refused before anything is written.
+    """Open the folder of a new run, or of one that goes on. What recipe, options and folder decide is refused at once.
 
     No other process can open it until the run is closed, or its process ends.
     """

@@ -21,7 +21,7 @@ from ldm_edu.training.data import (
     num_train_images,
 )
 from ldm_edu.training.latents import cached_latents, weights_checksum
-from ldm_edu.training.loop import Stage, batch_indices, step_randomness, to_device
+from ldm_edu.training.loop import Stage, batch_indices, repetitions, step_randomness, to_device
 from ldm_edu.training.recipes import Recipe
 from ldm_edu.training.run import Run
 from ldm_edu.training.tasks import DiffusionTask, FirstStageTask, build_conditioner, perceptual_distance
@@ -42,14 +42,20 @@ class ImageStage(Stage):
         self.rows = range(min(training.held_out, len(self.held_out)))
         self.notes = {"images": data_checksum(self.train_data, self.held_out)}
 
-    def samples(self, dataset: SampleCache, step: int, indices: Sequence[int]) -> dict[str, Any]:
+    def samples(
+        self,
+        dataset: SampleCache,
+        step: int,
+        indices: Sequence[int],
+        repeats: Sequence[int] | None = None,  # see `repetitions`
+    ) -> dict[str, Any]:
         "A batch of these samples, with what is random about the step."
         raise NotImplementedError
 
     def batch(self, step: int) -> dict[str, Any]:
         "This process's share of the batch of a step."
         indices = batch_indices(self.seed, step, self.training.batch_size, self.n)
-        return self.samples(self.train_data, step, self.run.shard(indices))
+        return self.samples(self.train_data, step, self.run.shard(indices), self.run.shard(repetitions(indices)))
 
     def held_out_batch(self) -> dict[str, Any]:
         "The held-out samples on the device, with the randomness of step 0."
@@ -76,10 +82,13 @@ class FirstStageStage(ImageStage):
             with torch.no_grad():
                 task.model.quantize.init_from_data(task.model.encode(self.some))
 
-    def samples(self, dataset: SampleCache, step: int, indices: Sequence[int]) -> dict[str, Any]:
+    def samples(
+        self, dataset: SampleCache, step: int, indices: Sequence[int], repeats: Sequence[int] | None = None
+    ) -> dict[str, Any]:
         side = self.recipe.size // self.recipe.first_stage.f
         shape = (self.recipe.first_stage.latent_channels, side, side)
-        return step_randomness(self.seed, step, indices, shape) | {"step": step, "image": dataset.images(indices)}
+        random = step_randomness(self.seed, step, indices, shape, repeats=repeats)
+        return random | {"step": step, "image": dataset.images(indices)}
 
     def validate(self, task: nn.Module) -> dict[str, float]:
         "The loss without a discriminator, PSNR in dB, and for a codebook how much of it is used."
@@ -130,9 +139,11 @@ class DiffusionStage(ImageStage):
             )
         }
 
-    def samples(self, dataset: SampleCache, step: int, indices: Sequence[int]) -> dict[str, Any]:
+    def samples(
+        self, dataset: SampleCache, step: int, indices: Sequence[int], repeats: Sequence[int] | None = None
+    ) -> dict[str, Any]:
         mean, logvar = (part[list(indices)] for part in self.latents[dataset])
-        random = step_randomness(self.seed, step, indices, mean.shape[1:], self.what.diffusion.T)
+        random = step_randomness(self.seed, step, indices, mean.shape[1:], self.what.diffusion.T, repeats)
         z = self.first_stage.scale_factor * DiagonalGaussian(mean, logvar).sample(random["latent_noise"])
         return random | {"z": z} | condition_batch(dataset, self.keys, indices, random["phrase"])
 

@@ -115,13 +115,10 @@ def test_evaluate(words, model, flags):
     model=st.one_of(st.just("stage"), FOLDERS),
 )
 def test_reconstruct(words, model):
-    run(
-        "reconstruct",
-        model,
-        *words,
-        *(() if "--n" in words else ("--n", "2")),
-        *(() if "--size" in words else ("--size", "16")),
-    )
+    big = {str(2**31), str(2**32), str(2**64)} & set(words)  # as many as there are would be drawn, for minutes
+    words = [] if big else words
+    asked = [] if "--n" in words else ["--n", "2"]
+    run("reconstruct", model, *words, *asked, *([] if "--size" in words else ["--size", "16"]))
 
 
 @given(
