@@ -58,6 +58,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                'ldm_edu/conditioning/text.py'),
                                            'ldm_edu.conditioning.text.WordTokenizer.encode': ( '4_conditioning/text.html#wordtokenizer.encode',
                                                                                                'ldm_edu/conditioning/text.py'),
+                                           'ldm_edu.conditioning.text.check_ids': ( '4_conditioning/text.html#check_ids',
+                                                                                    'ldm_edu/conditioning/text.py'),
                                            'ldm_edu.conditioning.text.check_prompt': ( '4_conditioning/text.html#check_prompt',
                                                                                        'ldm_edu/conditioning/text.py'),
                                            'ldm_edu.conditioning.text.check_words': ( '4_conditioning/text.html#check_words',

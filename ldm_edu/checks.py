@@ -98,6 +98,18 @@ def known_range(value: Tensor) -> tuple[float | int, float | int] | None:
     return least.item(), most.item()
 
 
+def check_map(
+    name: str,  # of the argument
+    value: Any,
+    channels: int | str = "c",  # any number of them, or that many
+) -> Tensor:
+    "`value` as it is; LDMError where it is no batch (b, c, h, w) of floating-point numbers, at least a pixel each."
+    tensor = check_tensor(name, value, ("b", channels, "h", "w"))
+    if 0 in tensor.shape[2:]:
+        raise LDMError(f"{name} has the shape {tuple(tensor.shape)}, but height and width should be at least 1")
+    return tensor
+
+
 def check_images(
     name: str,  # of the argument
     value: Any,
@@ -107,7 +119,7 @@ def check_images(
 
     On the CPU, values beyond ±16 are refused, too: noise or an overshooting filter does not lead there, bytes do.
     """
-    images = check_tensor(name, value, ("b", channels, "h", "w"))
+    images = check_map(name, value, channels)
     least, most = known_range(images) or (0, 0)
     if not -MOST_VALUE <= least <= most <= MOST_VALUE:
         raise LDMError(f"{name} should be images in [-1, 1], but holds values from {least:g} to {most:g}")

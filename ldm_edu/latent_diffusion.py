@@ -168,11 +168,11 @@ class Sampling(Denoising):
     ) -> Float[Tensor, "b 3 h w"]:
         "Images in [−1, 1], on the UNet's device, in its number format. `LDMError` where an argument makes no sense."
         _check_words(options, sampler)
-        check_count("steps", steps, 1, self.schedule.T)
-        check_number("scale", scale, -1e4, 1e4)
+        steps = check_count("steps", steps, 1, self.schedule.T)
+        scale = check_number("scale", scale, -1e4, 1e4)
         batch, count = _requests(prompts, n, self.conditioner.keys if self.conditioner is not None else ())
         denoise, cond = self.denoiser(batch, scale, check)
-        check_count("seed", seed, 0, MOST_SEED + 1 - count)
+        seed = check_count("seed", seed, 0, MOST_SEED + 1 - count)
         noise = SeededNoise(range(seed, seed + count))
         dtype = next(self.unet.parameters()).dtype
         x_T = noise.noise(self.latent_shape).to(self.device, torch.promote_types(dtype, torch.float32))

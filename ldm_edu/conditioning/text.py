@@ -18,14 +18,18 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .condition import Condition, Conditioner, read_key
-from ..checks import check_count, check_counts
+from ..checks import WHOLE, check_count, check_counts, known_range
 from ..denoiser.attention import CrossAttention
 from ..errors import LDMError
 
 # %% ../../nbs/4_conditioning/41_text.ipynb #affc9f17
 def split_words(prompt: str) -> list[str]:
     "The words of `prompt` in lower case; punctuation separates words and is otherwise ignored."
-    return re.sub(r"[\W_]+", " ", prompt.lower()).split()
+    text = unicodedata.normalize("NFC", prompt.lower())  # é is one letter, however it was typed
+    if text.isascii():
+        return re.sub(r"[\W_]+", " ", text).split()
+    # M: marks that belong to the letter in front of them, as in the scripts of India
+    return "".join(c if c.isalnum() or unicodedata.category(c)[0] == "M" else " " for c in text).split()
 
 # %% ../../nbs/4_conditioning/41_text.ipynb #a6790a91
 def suggest(unknown: Sequence[str], known: Sequence[str], n: int = 8) -> list[str]:
@@ -37,23 +41,40 @@ def suggest(unknown: Sequence[str], known: Sequence[str], n: int = 8) -> list[st
     return sorted(known, key=likeness, reverse=True)[:n]
 
 # %% ../../nbs/4_conditioning/41_text.ipynb #bd59bc89
-def check_prompt(prompt: str) -> None:
-    "LDMError where a prompt says something that has no words: symbols that would be left out, or punctuation alone."
+def check_prompt(prompt: Any, strict: bool) -> str:
+    "The prompt; LDMError where it is no text or, if `strict`, has symbols that would be left out or no word at all."
+    if not isinstance(prompt, str):
+        raise LDMError(f"a prompt should be a text, not a {type(prompt).__name__}")
+    if not strict:
+        return prompt
     # S: symbols, such as emoji; C: characters that are not seen
     odd = [c for c in prompt if unicodedata.category(c)[0] in "SC" and not c.isascii() and not c.isspace()]
     if odd:
-        raise LDMError(f"the prompt {prompt!r} has symbols that are no words, such as {odd[0]!r}: leave them out")
+        raise LDMError(f"the prompt {prompt[:200]!r} has symbols that are no words, such as {odd[0]!r}: leave them out")
     if prompt.strip() and not split_words(prompt):
-        raise LDMError(f"the prompt {prompt!r} has no words; the prompt that says nothing is ''")
+        raise LDMError(f"the prompt {prompt[:200]!r} has no words; the prompt that says nothing is ''")
+    return prompt
 
 
 def check_words(words: Sequence[str], known: Sequence[str], length: int) -> None:
     "LDMError where words are not among the known ones, or more than `length`."
     if unknown := [word for word in dict.fromkeys(words) if word not in known]:
-        closest = ", ".join(suggest(unknown, known))
-        raise LDMError(f"not in the vocabulary: {', '.join(unknown)}. Known words, closest first: {closest}, ...")
+        named = [word[:40] for word in unknown[:8]]
+        closest = ", ".join(suggest(named, known))
+        raise LDMError(f"not in the vocabulary: {', '.join(named)}. Known words, closest first: {closest}, ...")
     if len(words) > length:
-        raise LDMError(f"a prompt has at most {length} words, this one has {len(words)}: {' '.join(words)!r}")
+        told = " ".join(words)[:200]
+        raise LDMError(f"a prompt has at most {length} words, this one has {len(words)}: {told!r}")
+
+# %% ../../nbs/4_conditioning/41_text.ipynb #dbde99f9
+def check_ids(ids: Tensor, most: int, length: int | None = None) -> None:
+    "LDMError where `ids` are no rows (b, l) of whole numbers below `most`, at most `length` in a row."
+    if ids.ndim != 2 or ids.dtype not in WHOLE or (length is not None and ids.shape[1] > length):
+        fewer = "" if length is None else f" with l at most {length}"
+        raise LDMError(f"ids should be whole numbers (b, l){fewer}, not {ids.dtype} {tuple(ids.shape)}")
+    least, largest = known_range(ids) or (0, 0)
+    if not 0 <= least <= largest < most:
+        raise LDMError(f"ids should lie in [0, {most}), but run from {least} to {largest}")
 
 # %% ../../nbs/4_conditioning/41_text.ipynb #690d4fb4
 _UNKNOWN = "<unk>"  # what `decode` writes for a word that is not in the vocabulary
@@ -68,8 +89,8 @@ class WordTokenizer:
         length: int = 32,  # tokens a prompt
         strict: bool = True,  # refuse unknown words and long prompts? Else unknown words share one id, the last
     ):
-        if odd := [word for word in vocabulary if not isinstance(word, str)]:
-            raise LDMError(f"vocabulary should be a list of words, but {odd[0]!r} is none")
+        if not all(isinstance(word, str) for word in vocabulary):
+            raise LDMError("vocabulary should be a list of words")
         self.words = ["", *vocabulary, *([] if strict else [_UNKNOWN])]
         self.length = check_count("length", length)
         self.strict = strict
@@ -85,11 +106,8 @@ class WordTokenizer:
 
     def encode(self, prompt: str) -> list[int]:
         "The `length` ids of one prompt; LDMError for words outside the vocabulary, or too many words, if `strict`."
-        if not isinstance(prompt, str):
-            raise LDMError(f"a prompt should be a text, not {prompt!r}")
-        words = split_words(prompt)
+        words = split_words(check_prompt(prompt, self.strict))
         if self.strict:
-            check_prompt(prompt)
             check_words(words, self.words[1:], self.length)
         ids = [self.ids.get(word, len(self.words) - 1) for word in words[: self.length]]
         return ids + [0] * (self.length - len(ids))
@@ -101,7 +119,8 @@ class WordTokenizer:
         return torch.tensor([self.encode(prompt) for prompt in prompts], dtype=torch.long).view(-1, self.length)
 
     def decode(self, ids: Int[Tensor, "b l"]) -> list[str]:
-        "The words of every row, without the padding."
+        "The words of every row, without the padding; LDMError for an id that no word has."
+        check_ids(ids, len(self.words))
         return [" ".join(self.words[i] for i in row if i) for row in ids.tolist()]
 
 # %% ../../nbs/4_conditioning/41_text.ipynb #32cdd7c0
@@ -155,6 +174,7 @@ class TextTransformer(nn.Module):
 
     def forward(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
         "One vector for each id. Nothing is masked: padding is a token like any other."
+        check_ids(ids, len(self.tokens.weight), len(self.positions.weight))
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]  # eq. 18
         for layer in self.layers:
             x = layer(x)  # eq. 19-22

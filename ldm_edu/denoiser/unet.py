@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..checkpoints import Part
-from ..checks import check_counts, check_device, check_levels, check_number, check_tensor
+from ..checks import check_counts, check_device, check_levels, check_map, check_number
 from ..checks import check_timesteps, like_weights
 from .attention import AttentionBlock, SpatialTransformer, zero_init
 from ..errors import LDMError
@@ -253,7 +253,7 @@ def check_input(
     factor: int,  # number that must divide h and w
 ) -> None:
     "LDMError where the noisy latent or its timesteps are not what the UNet was built for."
-    b, c, h, w = check_tensor("x", x, ("b", "c", "h", "w")).shape
+    b, c, h, w = check_map("x", x).shape
     if c != in_channels:
         raise LDMError(f"x has {c} channels, but the UNet was built with in_channels={in_channels}")
     if h % factor or w % factor:

@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ldm_edu.checks import check_count, check_tensor
 from ldm_edu.diffusion.schedule import NoiseLevels, NoiseSchedule, _like, per_sample
 from ldm_edu.errors import LDMError
 
@@ -55,6 +56,13 @@ class GaussianMixture:
         weights: Float[Tensor, "k"] | None = None,  # share of each; equal shares where not given
     ):
         weights = torch.ones_like(stds) if weights is None else weights
+        for name, values, shape in (
+            ("means", means, ("k", "...")),
+            ("stds", stds, ("k",)),
+            ("weights", weights, ("k",)),
+        ):
+            if not check_tensor(name, values, shape).isfinite().all():
+                raise LDMError(f"{name} should be finite numbers")
         if not len(means) == len(stds) == len(weights):
             lengths = f"{len(means)} means, {len(stds)} stds and {len(weights)} weights"
             raise LDMError(f"{lengths}: each Gaussian needs one of each")
@@ -66,6 +74,7 @@ class GaussianMixture:
 
     def sample(self, n: int, generator: torch.Generator | None = None) -> Float[Tensor, "n *shape"]:
         "`n` samples."
+        check_count("n", n)
         k = self.weights.multinomial(n, replacement=True, generator=generator)  # (n,)
         z = torch.randn(n, *self.means.shape[1:], generator=generator, dtype=self.means.dtype)
         return self.means[k] + per_sample(self.stds, k, z) * z
@@ -83,12 +92,17 @@ class GaussianMixture:
         return apart.T @ (self.weights[:, None] * apart) + within
 
     def log_prob(self, x: Float[Tensor, "b *shape"]) -> Float[Tensor, "b"]:
-        "Natural logarithm of the density at each sample."
+        "Natural logarithm of the density at each sample; LDMError where a Gaussian is a point, which has no density."
+        if check_tensor("x", x, ("b", "...")).shape[1:] != self.means.shape[1:]:
+            raise LDMError(f"x should have the shape (b, *{tuple(self.means.shape[1:])}), not {tuple(x.shape)}")
+        if not self.stds.all():
+            raise LDMError("a Gaussian with the standard deviation 0 is a point, which has no density")
         means, stds, weights = (_like(v, x) for v in (self.means, self.stds, self.weights))
         return log_joint(_flat(x), _flat(means), stds**2, weights).logsumexp(-1)
 
     def noised(self, schedule: NoiseLevels, t: int) -> "GaussianMixture":
         "The distribution of x_t: again a mixture, of means alpha m and variances alpha² s² + sigma²."
+        t = check_count("t", t, 0, len(schedule.alpha) - 1)
         alpha, sigma = schedule.alpha[t].item(), schedule.sigma[t].item()
         return GaussianMixture(alpha * self.means, (alpha**2 * self.stds**2 + sigma**2).sqrt(), self.weights)
 

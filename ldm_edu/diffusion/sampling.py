@@ -86,7 +86,10 @@ class SeededNoise:
         shape: Sequence[int],  # shape of one image, without the batch
     ) -> Float[Tensor, "b *shape"]:
         "The next noise of every stream (b, *shape), float32 on the CPU."
-        return torch.stack([torch.randn(*shape, generator=generator) for generator in self.generators])
+        noises = torch.empty(len(self), *shape, dtype=torch.float32, device="cpu")  # whatever the caller's defaults are
+        for noise, generator in zip(noises, self.generators):
+            noise.normal_(generator=generator)
+        return noises
 
     def __len__(self) -> int:
         "The number of images."
@@ -113,7 +116,7 @@ def _walk(
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #e2ec46c4
 def _check_start(x_T: Tensor, noise: SeededNoise | None) -> None:
-    "LDMError where the start is no batch of numbers (on the CPU: finite ones), or where seeds and samples differ in number."
+    "LDMError where the start is no batch of numbers (on the CPU: finite ones), or where it has not one seed a sample."
     check_tensor("x_T", x_T, ("b", "..."))
     if not all(map(isfinite, known_range(x_T) or ())):
         raise LDMError("x_T holds numbers that are not finite, but should be standard normal noise")

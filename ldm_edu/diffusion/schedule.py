@@ -51,7 +51,7 @@ class NoiseLevels:
     def __post_init__(self):
         _known("kind", self.kind, SCHEDULES)
         check_count("T", self.T, 1, 1_000_000)
-        check_number("beta_start", self.beta_start)
+        check_number("beta_start", self.beta_start, 1e-14)  # less is lost in rounding: 1 - beta would be 1
         check_number("beta_end", self.beta_end)
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise LDMError(f"beta_start={self.beta_start} and beta_end={self.beta_end}: needed is 0 < start <= end < 1")

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..checkpoints import Part
-from ..checks import check_counts, check_images, check_levels, check_like, check_number, check_tensor
+from ..checks import check_counts, check_images, check_levels, check_like, check_map, check_number
 from ..checks import like_weights
 from ..errors import LDMError
 from ..layers import Upsample, fused_attention, group_norm
@@ -262,7 +262,7 @@ class Halves(Part, nn.Module):
     def check_input(self, x: Float[Tensor, "b 3 h w"]) -> None:
         "`LDMError` where `x` is no batch of images in [−1, 1], or where height or width is no multiple of f."
         height, width = check_images("x", x).shape[-2:]
-        if height % self.f or width % self.f or not height or not width:
+        if height % self.f or width % self.f:
             raise LDMError(f"x: {height}×{width} pixels, but height and width must be multiples of f = {self.f}")
 
     @property
@@ -302,7 +302,7 @@ class FirstStage(Halves):
 
     def decode(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
         "The image of a rescaled latent, in its number format; not clamped to [−1, 1]."
-        check_tensor("z", z, ("b", self.latent_channels, "h", "w"))
+        check_map("z", z, self.latent_channels)
         return self.decode_local(self.decode_global(like_weights("z", z, self))).to(z.dtype)
 
     def reconstruct(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:

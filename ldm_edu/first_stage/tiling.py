@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ..checks import check_counts, check_tensor
+from ..checks import check_counts, check_map
 from ..errors import LDMError
 from .autoencoder import FirstStage
 
@@ -207,7 +207,7 @@ def decode_tiled(
     norms: str = "thumbnail",  # GroupNorm's statistics are those of the whole, shrunk to a tile, or of each "tile"
 ) -> Float[Tensor, "b 3 h w"]:
     "As `first_stage.decode(z)`, with all large arrays in tiles; bit for bit the same if one tile is enough."
-    check_tensor("z", z, ("b", first_stage.latent_channels, "h", "w"))
+    check_map("z", z, first_stage.latent_channels)
     tile_cells, overlap_cells = _cells(first_stage, tile, overlap)
     h = first_stage.decode_global(_to_model(first_stage, z))
     scale = h.shape[-1] // z.shape[-1]  # 1, but for levels with attention, which `decode_global` has whole

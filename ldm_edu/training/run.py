@@ -463,7 +463,9 @@ def lock_run(folder: Path) -> BaseFileLock | None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise LDMError(f"{folder}: another process is training in this folder: wait for it, or take another") from None
+        raise LDMError(
+            f"{folder}: another process is training in this folder, or a run of this one was not closed: wait, or take another"
+        ) from None
     except (OSError, NotImplementedError) as error:
         if isinstance(error, OSError) and error.errno not in NO_LOCKS:
             raise LDMError(f"{folder / '.lock'} cannot be written: {reason(error)}") from error
