@@ -31,9 +31,9 @@ def train_and_record(folder: str, **training_options) -> None:
 
     whole, seen, rank = training.step_randomness, [], os.environ.get("RANK", "0")
 
-    def recorded(seed, step, indices, *args):
+    def recorded(seed, step, indices, *args, **kwargs):
         seen.append([seed, step, list(indices)])
-        return whole(seed, step, indices, *args)
+        return whole(seed, step, indices, *args, **kwargs)
 
     training.step_randomness = recorded
     train_tiny(
