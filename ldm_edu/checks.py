@@ -1,6 +1,7 @@
 """What the public functions ask of their arguments: numbers, seeds and tensors, each with an error that names it."""
 
 import math
+import numbers
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -8,10 +9,12 @@ from inspect import formatannotation
 from types import UnionType
 from typing import Any, Union, get_args, get_origin
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ldm_edu.errors import LDMError
+from ldm_edu.files import printable
 
 __all__: list[str] = []
 
@@ -27,17 +30,36 @@ def check_count(
     "`value` as an int; LDMError where it is no whole number from `least` to `most`."
     wanted = f"at least {least}" if most is None else f"{least} to {most}"
     try:
-        number = operator.index(value) if not isinstance(value, bool) else None
+        number = None if _is_yes_or_no(value) else operator.index(value)
     except (TypeError, ValueError, RuntimeError):
         number = None
     if number is None or number < least or (most is not None and number > most):
-        raise LDMError(f"{name}={_shown(value)} should be a whole number, {wanted}")
+        raise LDMError(f"{name}={shown(value)} should be a whole number, {wanted}")
     return number
 
 
 def check_seed(name: str, value: Any) -> int:
     "`value` as an int; LDMError where it is no seed, a whole number from 0 to 2³² - 1."
     return check_count(name, value, 0, MOST_SEED)
+
+
+def _is_yes_or_no(value: Any) -> bool:
+    "Is a value True or False, in Python, NumPy or torch?"
+    return isinstance(value, bool | np.bool_) or (isinstance(value, Tensor) and value.dtype == torch.bool)
+
+
+def _python_number(value: Any) -> float | int | None:
+    "A real number of Python, NumPy or torch as Python's own float or int; None for anything else."
+    if type(value) in (int, float):
+        return value
+    try:
+        if isinstance(value, Tensor | np.ndarray) and value.ndim == 0:
+            value = value.item()
+        if _is_yes_or_no(value) or not isinstance(value, numbers.Real):
+            return None
+        return int(value) if isinstance(value, numbers.Integral) else float(value)
+    except (OverflowError, RuntimeError, ValueError):  # beyond all floats; a tensor without values
+        return None
 
 
 def check_number(
@@ -47,23 +69,28 @@ def check_number(
     most: float | int = math.inf,
     above: float | int | None = None,  # the number should be larger than this, not equal to it
 ) -> float | int:
-    "`value` as it is; LDMError where it is no finite number from `least` to `most`."
+    "`value` as a float or an int; LDMError where it is no finite real number from `least` to `most`."
+    number = _python_number(value)
     try:
-        is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        is_number = number is not None and math.isfinite(number)
     except OverflowError:  # a whole number beyond all floats
         is_number = False
-    if not is_number or not least <= value <= most or (above is not None and value <= above):
+    if number is None or not is_number or not least <= number <= most or (above is not None and number <= above):
         bounds = [f"above {above:g}"] if above is not None else [f"at least {least:g}"] * (least > -math.inf)
         bounds += [f"at most {most:g}"] * (most < math.inf)
-        raise LDMError(f"{name}={_shown(value)} should be a finite number{', ' * bool(bounds)}{' and '.join(bounds)}")
-    return value
+        raise LDMError(f"{name}={shown(value)} should be a finite number{', ' * bool(bounds)}{' and '.join(bounds)}")
+    return number
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     "A value for a message, at most 60 characters long."
     if isinstance(value, int) and abs(value) >= 10**60:
         return f"{'-' * (value < 0)}(a number of {value.bit_length()} bits)"  # Python may refuse to write it out
-    text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.ndim else repr(value)
+    try:
+        text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.ndim else repr(value)
+    except Exception:  # of whatever class, or a list with a number that Python refuses to write out
+        text = f"a {type(value).__name__}"
+    text = printable(text[:100])
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -161,7 +188,7 @@ def check_levels(name: str, values: Any) -> None:
     "LDMError where `values` are no whole numbers of at least 1, one for each of 1 to 12 levels."
     if not isinstance(values, Sequence) or isinstance(values, str) or not 1 <= len(values) <= MOST_LEVELS:
         raise LDMError(
-            f"{name}={_shown(values)} should be a list of 1 to {MOST_LEVELS} whole numbers, one for each level"
+            f"{name}={shown(values)} should be a list of 1 to {MOST_LEVELS} whole numbers, one for each level"
         )
     for value in values:
         check_count(f"each of {name}: {name}", value)
@@ -191,7 +218,7 @@ def check_timesteps(
 ) -> Tensor:
     "`value` as it is; LDMError where it is no tensor of whole numbers from 0 on, one for each sample."
     if not isinstance(value, Tensor) or value.shape != (length,) or value.dtype not in WHOLE:
-        told = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else _shown(value)
+        told = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else shown(value)
         raise LDMError(f"{name} should be a tensor of whole numbers ({length},), one for each sample, not {told}")
     least, most = known_range(value) or (0, 0)
     if least < 0 or (levels is not None and most >= levels):
@@ -225,4 +252,4 @@ def check_fields(
         if name not in kinds:
             raise LDMError(f"{cls.__name__} has no field {name}")
         if not _is_of(value, kinds[name]):
-            raise LDMError(f"{cls.__name__}: {name}={_shown(value)} should be {formatannotation(kinds[name])}")
+            raise LDMError(f"{cls.__name__}: {name}={shown(value)} should be {formatannotation(kinds[name])}")

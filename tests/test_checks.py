@@ -2,6 +2,7 @@
 
 import math
 import re
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from ldm_edu.checks import (
     check_number,
     check_seed,
     check_tensor,
+    shown,
 )
 from ldm_edu.errors import LDMError
 
@@ -74,6 +76,36 @@ def test_what_is_no_seed(value):
 @pytest.mark.parametrize("value", [0, -1.5, 1e300, 5e-324])
 def test_numbers_come_back_as_they_are(value):
     assert check_number("x", value) is value
+
+
+@pytest.mark.parametrize(
+    "value, number",
+    [
+        (np.float32(0.5), 0.5),
+        (np.float64(0.5), 0.5),
+        (np.int64(3), 3),
+        (np.array(1.5), 1.5),
+        (torch.tensor(0.5), 0.5),
+        (torch.tensor(3), 3),
+        (Fraction(1, 2), 0.5),
+    ],
+)
+def test_numbers_of_every_kind_come_back_as_pythons_own(value, number):
+    got = check_number("x", value, 0, 3)
+    assert got == number and type(got) is type(number)
+
+
+@pytest.mark.parametrize("value", [torch.tensor(True), np.bool_(True), torch.tensor(1j), np.complex64(1), "1"])
+def test_what_is_true_or_complex_or_a_text_is_no_number(value):
+    with pytest.raises((LDMError, TypeError), match="should be a finite number"):
+        check_number("x", value)
+    with pytest.raises((LDMError, TypeError), match="should be a whole number"):
+        check_count("n", value)
+
+
+@pytest.mark.parametrize("value", ["x" * 10**6, ["word"] * 10**5, [10**5000], {"a": "\x1b" * 1000}])
+def test_a_message_shows_at_most_60_characters_of_a_value(value):
+    assert len(shown(value)) <= 60 and shown(value).isprintable()
 
 
 @pytest.mark.parametrize("value, shown", [(math.nan, "nan"), (math.inf, "inf"), (-math.inf, "-inf"), (True, "True")])

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ldm_edu.errors import DataError
+from ldm_edu.checks import MOST_SEED, check_count, shown
+from ldm_edu.errors import DataError, LDMError
 
 __all__ = ["collate", "batches"]
 
@@ -38,13 +39,23 @@ def _check_split(split: str, known: Iterable[str]) -> None:
     "DataError where `split` is none of the known ones."
     known = tuple(known)
     if split not in known:
-        raise DataError(f"split {split!r} does not exist; known: {', '.join(known)}")
+        raise DataError(f"split {shown(split)} does not exist; known: {', '.join(known)}")
 
 
-def _check_size(size: int) -> None:
-    "DataError where `size` is no number of pixels."
-    if size < 1:
-        raise DataError(f"size should be a number of pixels of at least 1, not {size}")
+def data_count(name: str, value: Any, least: int = 1, most: int | None = None) -> int:
+    "`value` as an int; DataError where it is no whole number from `least` to `most`."
+    try:
+        return check_count(name, value, least, most)
+    except LDMError as error:
+        raise DataError(str(error)) from error
+
+
+def _check_size(size: Any) -> int:
+    "`size` as an int; DataError where it is no number of pixels."
+    try:
+        return check_count("size", size)
+    except LDMError as error:
+        raise DataError(f"size should be a number of pixels of at least 1, not {shown(size)}") from error
 
 
 @contextmanager
@@ -58,10 +69,12 @@ def reading_sample(file: object) -> Iterator[None]:
 
 def _check_keys(keys: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
     "`keys` as a tuple; DataError where they are no list of known keys, or an empty one."
-    unknown = [keys] if isinstance(keys, str) else [key for key in keys if key not in known]
-    if unknown or not keys:
-        raise DataError(f"keys should be a list of some of {', '.join(known)}; not {', '.join(unknown) or 'empty'}")
-    return tuple(keys)
+    listed = () if isinstance(keys, str) else tuple(keys)  # a generator gives its keys only once
+    unknown = [keys] if isinstance(keys, str) else [key for key in listed if key not in known]
+    if unknown or not listed:
+        told = ", ".join(map(str, unknown[:5])) or "empty"
+        raise DataError(f"keys should be a list of some of {', '.join(known)}; not {told}")
+    return listed
 
 
 def _join(key: str, values: list[Any]) -> Any:
@@ -123,8 +136,8 @@ def batches(
     length = len(dataset)
     if not length:
         raise DataError("the data set is empty: there is nothing to make batches of")
-    if batch_size < 1 or (drop_last and batch_size > length):
-        raise DataError(f"batch_size should be 1 to {length}, the number of samples, not {batch_size}")
+    batch_size = data_count("batch_size", batch_size, 1, length if drop_last else None)
+    seed, workers = data_count("seed", seed, 0, MOST_SEED), data_count("workers", workers, 0)
     # Without a generator of its own, the loader would draw from torch's global random stream.
     generator = torch.Generator().manual_seed(seed)
     loader = DataLoader(

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm_edu.basics import progress
-from ldm_edu.files import brief, leftovers, parse_json, read_json, save_json
-from ldm_edu.data.batches import SampleDataset, _check_keys, collate
+from ldm_edu.files import brief, leftovers, parse_json, place, read_json, save_json
+from ldm_edu.data.batches import SampleDataset, _check_keys, collate, data_count
 from ldm_edu.data.blocks import BROKEN, Block, pack, write_block
 from ldm_edu.data.images import from_uint8
 from ldm_edu.errors import CheckpointError, DataError
@@ -139,7 +139,7 @@ class SampleCache(Dataset[dict[str, Any]]):
         self,
         folder: str | Path,  # that `cached` has filled
     ):
-        self.folder = Path(folder)
+        self.folder = place(folder)
         state = _read_state(self.folder)
         if state is None or not _is_complete(state):
             raise DataError(f"{folder} holds no complete cache: `cached(dataset, folder, ...)` makes or finishes it")
@@ -239,12 +239,12 @@ def cached(
     time: one of them writes, the others wait. DataError where a value cannot be kept, or where the folder has a cache
     of other samples or a damaged one, or cannot be written.
     """
-    n = len(dataset) if n is None else n
-    folder = Path(folder)
-    if not 1 <= n <= len(dataset):
-        raise DataError(f"n should be 1 to {len(dataset)}, the number of samples, not {n}")
-    if block < 1:
-        raise DataError(f"block should be a number of samples of at least 1, not {block}")
+    length = len(dataset)
+    if not length:
+        raise DataError("the data set is empty: there is nothing to keep")
+    n = length if n is None else data_count("n", n, 1, length)
+    block = data_count("block", block)
+    folder = place(folder)
     if not _is_complete(_open_state(dataset, folder, n, block)):
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -104,10 +104,9 @@ class CelebA(Dataset[dict[str, Any]]):
         keys: Sequence[str] = ("image", "attributes"),  # some of `known_keys`
     ):
         _check_split(split, SPLIT_SHARES)
-        _check_size(size)
         self.root = find_folder(root, "img_align_celeba", "celeba")
         self.split = split
-        self.size = size
+        self.size = _check_size(size)
         self.keys = _check_keys(keys, self.known_keys)
         self._list = self.root / "list_attr_celeba.txt"
         self.attribute_names, listed, attributes = _read_attributes(self._list)

@@ -14,13 +14,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ldm_edu.checks import check_count
+from ldm_edu.checks import check_count, shown
 from ldm_edu.data.batches import _check_keys, _check_size, _check_split, reading_sample
 from ldm_edu.data.folders import DATA_HELP, IMAGE_SUFFIXES, SPLIT_SHARES
 from ldm_edu.data.folders import find_folder, listing_checksum, name_bytes, names_in_folder, split_by_name
 from ldm_edu.data.images import READING_VERSION, center_box, image_size, opened_image, read_image, square_tensor
 from ldm_edu.errors import DataError
-from ldm_edu.files import brief, printable, read_json
+from ldm_edu.files import brief, read_json
 
 __all__ = ["COCO", "decode_outline"]
 
@@ -220,15 +220,10 @@ class _Thing(NamedTuple):
     is_crowd: bool
 
 
-def _told(value: Any) -> str:
-    "A value from a file for a message, at most 60 characters long."
-    return printable(repr(value))[:60]
-
-
 def _record_name(record: Any) -> str:
     "The ids by which a person finds an entry of a list in a file again."
     ids = {key: record.get(key) for key in ("id", "image_id", "file_name")} if isinstance(record, dict) else {}
-    told = ", ".join(f"{key} {_told(value)}" for key, value in ids.items() if value is not None)
+    told = ", ".join(f"{key} {shown(value)}" for key, value in ids.items() if value is not None)
     return f" ({told})" if told else ""
 
 
@@ -257,7 +252,7 @@ def _plain_name(name: Any) -> str:
     "The last part of a file name, in front of which some programs write folders; ValueError where it leads elsewhere."
     parts = name.replace("\\", "/").split("/")
     if ".." in parts or not parts[0] or re.match("[A-Za-z]:", name) or parts[-1] in ("", "."):
-        raise ValueError(f"the file name {_told(name)} leads out of the folder of images")
+        raise ValueError(f"the file name {shown(name)} leads out of the folder of images")
     return parts[-1]
 
 
@@ -265,14 +260,14 @@ def _side(image: dict[str, Any], key: str) -> int:
     "The width or height of an image."
     side = image[key]
     if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= MOST_COORDINATE:
-        raise ValueError(f"{key} should be a whole number of pixels of at least 1, not {_told(side)}")
+        raise ValueError(f"{key} should be a whole number of pixels of at least 1, not {shown(side)}")
     return side
 
 
 def _id(record: dict[str, Any], key: str) -> Any:
     "An id, which some programs write as a text."
     if not isinstance(record[key], int | float | str):
-        raise TypeError(f"{key} should be a number or a text, not {_told(record[key])}")
+        raise TypeError(f"{key} should be a number or a text, not {shown(record[key])}")
     return record[key]
 
 
@@ -280,14 +275,14 @@ def _category_of(record: dict[str, Any], classes: dict[Any, int]) -> int:
     "The class of an annotation or segment."
     number = _id(record, "category_id")
     if number not in classes:
-        raise ValueError(f"no category has the id {_told(number)}")
+        raise ValueError(f"no category has the id {shown(number)}")
     return classes[number]
 
 
 def _caption_of(note: dict[str, Any]) -> tuple[Any, Any, str]:
     "The image, the number and the text of an annotation, without line ends and repeated spaces."
     if not isinstance(note["caption"], str):
-        raise TypeError(f"a caption should be a text, not {_told(note['caption'])}")
+        raise TypeError(f"a caption should be a text, not {shown(note['caption'])}")
     return _id(note, "image_id"), _id(note, "id"), " ".join(note["caption"].split())
 
 
@@ -307,7 +302,7 @@ def _outline_of(note: dict[str, Any]) -> list[np.ndarray] | dict[str, Any]:
     if isinstance(outline, list):
         return [polygon for polygon in map(_polygon, outline) if not _is_flat(polygon)]
     if not isinstance(outline, dict):
-        raise TypeError(f"segmentation should be a list of polygons or run lengths, not {_told(outline)}")
+        raise TypeError(f"segmentation should be a list of polygons or run lengths, not {shown(outline)}")
     return [] if _are_empty(outline) else outline
 
 
@@ -462,10 +457,9 @@ class COCO(Dataset[dict[str, Any]]):
     ):
         if split is not None:
             _check_split(split, (*SPLIT_SHARES, *COCO_FOLDERS))
-        _check_size(size)
         self.root = find_folder(root, "annotations", "coco")
         self.split = split
-        self.size = size
+        self.size = _check_size(size)
         self.keys = _check_keys(keys, tuple(self.known_keys))
         self.kinds = sorted({self.known_keys[key] for key in self.keys} - {""})  # of annotation files
         self.categories: list[str] = []
@@ -555,7 +549,7 @@ class COCO(Dataset[dict[str, Any]]):
             return crop_map(decode_outline(things.outlines[i], things.width, things.height), self.size)
         except DataError as error:
             source = self._source("instances", file.parent.name)
-            number = _told(things.numbers[i])
+            number = shown(things.numbers[i])
             raise DataError(f"{source}: the annotation with id {number}, of {file.name}: {error}") from error
 
     def _boxes_and_instances(self, file: Path, things: _Things) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from ldm_edu.data.batches import _check_keys, _check_size, _check_split, reading_sample
 from ldm_edu.data.images import READING_VERSION, _describe_error, load_image
 from ldm_edu.errors import DataError
-from ldm_edu.files import reason
+from ldm_edu.files import place, reason
 
 __all__ = ["ImageFolder"]
 
@@ -44,7 +44,7 @@ def find_folder(
     name: str,  # what the data set's folder is usually called
 ) -> Path:
     "The data set's folder, which contains `inside`: `root` itself, or `name` in it. DataError where neither does."
-    root = Path(root)
+    root = place(root)
     for folder in (root, root / name):
         if (folder / inside).is_dir():
             return folder
@@ -120,11 +120,10 @@ class ImageFolder(Dataset[dict[str, Any]]):
         split: str | None = None,  # "train", "validation", "test" by a checksum of the names; None: everything
         keys: Sequence[str] = ("image",),  # some of `known_keys`
     ):
-        self.root = Path(root)
-        self.size = size
+        self.root = place(root)
+        self.size = _check_size(size)
         self.split = split
         self.keys = _check_keys(keys, self.known_keys)
-        _check_size(size)
         if split is not None:
             _check_split(split, SPLIT_SHARES)
         if not self.root.is_dir():

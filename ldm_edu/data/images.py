@@ -15,6 +15,7 @@ from jaxtyping import Float, UInt8
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ldm_edu.data.batches import data_count
 from ldm_edu.errors import DataError
 from ldm_edu.files import brief, reason
 
@@ -81,6 +82,7 @@ def opened_image(path: str | Path) -> Iterator[Image.Image]:
 
 # ---- Depth
 
+_TIFF_WIDTH, _TIFF_HEIGHT = 256, 257  # tags: pixels as they are stored
 _TIFF_BITS, _TIFF_PHOTOMETRIC, _TIFF_MOST = 258, 262, 281  # tags: bits a sample, is white 0?, the largest value
 _UNKNOWN_WHITE = 4096  # cameras and scanners keep 10 or 12 bits in 16: what stays below may have any white
 
@@ -122,8 +124,11 @@ def _to_8_bits(
         raise DataError("has values outside of 8 and 16 bits: save it with 8 bits a channel")
     white = _white(image, int(values.max()))
     shares = values / (white / 255)
+    hole = upright.info.get("transparency")  # the one value that a PNG calls transparent
     if getattr(image, "tag_v2", {}).get(_TIFF_PHOTOMETRIC) == 0:  # white is zero; Pillow turns only 8 bits round
         shares = 255 - shares
+    if isinstance(hole, int):
+        shares[values == hole] = 255
     return Image.fromarray(shares.round().astype(np.uint8))
 
 
@@ -134,6 +139,13 @@ def _check_colours(image: Image.Image) -> None:
         most = int(np.asarray(image.convert("RGB")).max())
         if most < _UNKNOWN_WHITE // 256:
             raise _unknown_depth(256 * most + 255, bits)
+
+
+def _shorten_transparency(image: Image.Image) -> None:
+    "Let the colour that a PNG with 16 bits calls transparent have 8, as Pillow reads its pixels."
+    hole = image.info.get("transparency")
+    if isinstance(hole, tuple) and getattr(image, "tile", None) and image.tile[0][3] == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in hole)
 
 
 # ---- Colours
@@ -199,6 +211,7 @@ def read_image(
     empty, too large or no image, or with values of which nothing says which is white.
     """
     with opened_image(path) as image:
+        _shorten_transparency(image)
         _check_colours(image)
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith(("I", "F")):
@@ -211,7 +224,9 @@ def image_size(path: str | Path) -> tuple[int, int]:
     "Width and height of the image that `read_image` would give, from the beginning of the file."
     with opened_image(path) as image:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) in range(5, 9)
-        return (image.height, image.width) if turned else image.size
+        tags = getattr(image, "tag_v2", {})  # Pillow has turned the size of a TIFF already, but not these
+        width, height = (tags.get(_TIFF_WIDTH, image.width), tags.get(_TIFF_HEIGHT, image.height))
+        return (height, width) if turned else (width, height)
 
 
 def center_box(width: int, height: int) -> tuple[int, int, int]:
@@ -252,4 +267,4 @@ def load_image(
 
     DataError names a file that `read_image` refuses, or one that would have to be enlarged more than eight times.
     """
-    return square_tensor(read_image(path), size, path)
+    return square_tensor(read_image(path), data_count("size", size), path)

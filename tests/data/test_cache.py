@@ -1,6 +1,7 @@
 """The cache of samples: exact, resumable at any moment, shared by processes, and never of something else."""
 
 import errno
+import inspect
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from PIL import Image
 
 from ldm_edu.data import blocks
@@ -694,9 +696,9 @@ def test_samples_that_do_not_go_together_are_refused(tmp_path, first, second, sa
 
 def test_what_cannot_be_cached_is_refused_at_once(tmp_path):
     for n in (0, -1, 51):
-        with pytest.raises(DataError, match="n should be 1 to 50"):
+        with pytest.raises(DataError, match="n=.* should be a whole number, 1 to 50"):
             cached(ToyCOCO(**SMALL), tmp_path / "a", n)
-    with pytest.raises(DataError, match="block should be"):
+    with pytest.raises(DataError, match="block=0 should be"):
         cached(ToyCOCO(**SMALL), tmp_path / "a", block=0)
     assert not (tmp_path / "a").exists()
     with pytest.raises(DataError, match="cannot keep 'thing'"):
@@ -720,3 +722,21 @@ def test_indices_that_are_no_whole_numbers_are_refused(indices, tmp_path):
     cache = cached(ToyCOCO(size=16, length=3), tmp_path)
     with pytest.raises(IndexError, match="whole numbers"):
         cache.batch(indices)
+
+
+def test_whole_numbers_of_numpy_make_a_cache_that_opens_again(tmp_path):
+    made = inspect.unwrap(cached)(ToyCOCO("test", 16), tmp_path, np.int64(3), block=np.int64(2))
+    assert len(made) == len(SampleCache(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("wrong", [{"n": True}, {"n": 1.5}, {"n": 0}, {"block": True}, {"block": 1.5}, {"block": 0}])
+def test_a_cache_names_the_number_that_is_wrong(tmp_path, wrong):
+    with pytest.raises((DataError, TypeError, TypeCheckError), match=next(iter(wrong))):
+        cached(ToyCOCO("test", 16), tmp_path / "cache", **wrong)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_the_folder_of_a_cache_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    cached(ToyCOCO("test", 16), "~/cache", 1)
+    assert len(SampleCache("~/cache")) == 1 and (tmp_path / "cache" / "cache.json").exists()

@@ -1,6 +1,7 @@
 """Colour profiles in image files: followed, skipped where they change nothing, ignored where they are broken."""
 
 import struct
+import zlib
 from functools import cache
 
 import numpy as np
@@ -204,3 +205,36 @@ def test_a_turned_picture_keeps_its_profile_until_it_is_read(tmp_path):
     note[0x0112] = 3
     converted(palette(*COLOURS), icc).save(tmp_path / "a.png", icc_profile=icc, exif=note)
     assert np.abs(seen(tmp_path / "a.png")[::-1] - COLOURS).max() <= 3
+
+
+def png16(kind, values, hole):
+    """A PNG of one row with 16 bits a channel, grey (0) or RGB (2), with a value that is called transparent."""
+
+    def part(name, content):
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    channels = len(hole)
+    head = struct.pack(">IIBBBBB", len(values) // channels, 1, 16, kind, 0, 0, 0)
+    row = b"\0" + struct.pack(f">{len(values)}H", *values)
+    hole = part(b"tRNS", struct.pack(f">{channels}H", *hole))
+    return b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + hole + part(b"IDAT", zlib.compress(row)) + part(b"IEND", b"")
+
+
+def test_the_transparent_grey_of_a_png_with_16_bits_becomes_white(tmp_path):
+    (tmp_path / "grey.png").write_bytes(png16(0, [0, 30000, 60000, 65535], [0]))
+    assert np.asarray(read_image(tmp_path / "grey.png"))[0, :, 0].tolist() == [255, 117, 233, 255]
+
+
+@pytest.mark.parametrize("hole", [(0, 0, 0), (40000, 300, 7)])
+def test_the_transparent_colour_of_a_png_with_16_bits_becomes_white(tmp_path, hole):
+    (tmp_path / "colour.png").write_bytes(png16(2, [*hole, 65535, 0, 0], hole))
+    assert np.asarray(read_image(tmp_path / "colour.png"))[0].tolist() == [[255, 255, 255], [255, 0, 0]]
+
+
+@pytest.mark.parametrize("kind", ["tif", "jpg", "png"])
+@pytest.mark.parametrize("orientation", [1, 3, 5, 6, 7, 8])
+def test_the_size_of_a_turned_image_is_that_of_the_image_that_is_read(tmp_path, kind, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.new("RGB", (20, 12)).save(tmp_path / f"a.{kind}", exif=exif)
+    assert images.image_size(tmp_path / f"a.{kind}") == read_image(tmp_path / f"a.{kind}").size

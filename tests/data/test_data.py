@@ -1,8 +1,10 @@
 """The data sets: drawn ones and their promises; real layouts whole, in part and broken; real subsets where they lie."""
 
+import inspect
 import itertools
 import json
 import os
+import re
 import shutil
 import warnings
 from fractions import Fraction
@@ -10,10 +12,11 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 from PIL import Image
 from pycocotools import mask
 
-from ldm_edu.data.batches import batches, collate
+from ldm_edu.data.batches import _check_keys, batches, collate
 from ldm_edu.data.celeba import CelebA
 from ldm_edu.data.coco import COCO, coco_split, crop_map, decode_outline
 from ldm_edu.data.folders import ImageFolder, split_by_name
@@ -862,3 +865,47 @@ def test_real_coco_with_everything(real_data):
             names = [dataset.segment_names[n] for n in segments[one].tolist()]
             agree, total = agree + names.count(dataset.categories[int(kind) - 1]), total + len(names)
     assert agree / total > 0.9  # two annotations of the same things, made years apart
+
+
+@pytest.mark.parametrize("size", [0, -1, 1.5, True, "4"])
+def test_an_image_is_read_at_a_whole_number_of_pixels_only(tmp_path, size):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    with pytest.raises((DataError, TypeError, TypeCheckError), match="size"):
+        load_image(tmp_path / "a.png", size)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"seed": 2**64}, {"seed": -1}, {"workers": -1}, {"batch_size": True}, {"batch_size": 1.5}, {"batch_size": 0}],
+)
+def test_batches_name_the_number_that_is_wrong(wrong):
+    data = ToyCOCO("test", size=16, length=4)
+    with pytest.raises((DataError, TypeError, TypeCheckError), match=next(iter(wrong))):
+        next(batches(data, **({"batch_size": 2} | wrong)))
+
+
+def test_whole_numbers_of_numpy_make_the_same_batches():
+    data = ToyCOCO("test", 16, 4)
+    one = next(inspect.unwrap(batches)(data, np.int64(2), seed=np.int64(3), workers=np.int64(0)))
+    assert torch.equal(one["image"], next(batches(data, 2, seed=3))["image"])
+
+
+def test_keys_may_come_from_a_generator():
+    keys = (key for key in ["image", "caption"])
+    assert inspect.unwrap(_check_keys)(keys, ToyCOCO.known_keys) == ("image", "caption")
+
+
+def test_an_unknown_word_of_a_million_letters_is_not_repeated():
+    with pytest.raises(DataError) as refused:
+        ToyCOCO("x" * 10**6)
+    assert len(str(refused.value)) < 300
+
+
+def test_the_folder_of_a_data_set_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "a.png")
+    assert len(ImageFolder("~/pictures", 8)) == 1
+    for kind in (CelebA, COCO):
+        with pytest.raises(DataError, match=re.escape(f"{tmp_path / 'pictures'} contains neither")):
+            kind("~/pictures")

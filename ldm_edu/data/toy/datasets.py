@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from ldm_edu.data.batches import _check_keys, _check_size, _check_split
+from ldm_edu.data.batches import _check_keys, _check_size, _check_split, data_count
 from ldm_edu.data.toy.captions import captions
 from ldm_edu.data.toy.faces import FACE_ATTRIBUTES, FACE_SEGMENTS, Face, draw_face, face_truth, render_faces
 from ldm_edu.data.toy.scenes import SPLITS, Scene, draw_scene, render, truth
-from ldm_edu.errors import DataError
 
 __all__ = ["ToyCOCO", "ToyCelebA"]
 
@@ -27,13 +26,10 @@ class Drawn(Dataset):
 
     def __init__(self, split: str, size: int, length: int, seed: int, keys: Sequence[str]):
         _check_split(split, self.splits)
-        _check_size(size)
-        if length < 0 or seed < 0:
-            raise DataError(f"length and seed should not be negative: {length=}, {seed=}")
         self.split = split
-        self.size = size
-        self.length = length
-        self.seed = seed
+        self.size = _check_size(size)
+        self.length = data_count("length", length, 0)
+        self.seed = data_count("seed", seed, 0)
         self.keys = _check_keys(keys, self.known_keys)
 
     def __len__(self) -> int:
