@@ -20,8 +20,9 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from ldm_edu.basics import is_static
+from ldm_edu.checks import check_count, check_number
 from ldm_edu.errors import LDMError
-from ldm_edu.files import atomic, folder_for, place, writing
+from ldm_edu.files import atomic, brief, folder_for, place, writing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,6 +78,11 @@ def to_pil(
     return Image.fromarray(pixels.squeeze(2).numpy())
 
 
+def _columns(columns: Any) -> int:
+    "How many images stand in a row: 8, where nothing else is asked for."
+    return 8 if columns is None else check_count("columns", columns)
+
+
 def grid(
     images: Images,  # (b, c, h, w) in [-1, 1], all of one size
     columns: int | None = None,  # images a row; default: up to 8
@@ -88,19 +94,21 @@ def grid(
     images of (h, w) and p = `pad`.
     """
     tensors = [image.float().expand(3, -1, -1) for image in _as_list(images)]
+    pad, columns = check_count("pad", pad, 0), _columns(columns)
     if len(sizes := {tuple(image.shape[1:]) for image in tensors}) > 1:
         raise LDMError(f"`images` should be of one size, not {sorted(sizes)}")
     if len(tensors) == 1:  # `make_grid` draws no ground around a single image
         return F.pad(tensors[0], [pad] * 4, value=1.0)
     from torchvision.utils import make_grid
 
-    return make_grid(tensors, nrow=columns or 8, padding=pad, pad_value=1.0)
+    return make_grid(tensors, nrow=columns, padding=pad, pad_value=1.0)
 
 
 # --- Figures of images ---
 
 _DPI = 80  # pixels an inch: small files, still sharp
 _LETTERS = 14  # letters an inch, in a text of 8 points
+_MOST_INCHES = 100  # that an image may be asked to have
 _LABEL = 1.2  # most inches for the label of a row
 
 
@@ -128,7 +136,8 @@ def _arrange(
     scale: float | int | None,  # inches an image; None: what fits
 ) -> _Panel:
     "Decide how large everything is drawn."
-    inches = float(scale or min(1.5, 7.5 / max(map(len, rows))))
+    fits = min(1.5, 7.5 / max(map(len, rows)))
+    inches = fits if scale is None else float(check_number("scale", scale, most=_MOST_INCHES, above=0))
     wrapped = [[_wrap(title, inches) for title in line] for line in titles]
     lines = [max(len(title.splitlines()) for title in line) for line in wrapped]
     above = sum(0.15 * n + 0.05 for n in lines if n)
@@ -198,8 +207,9 @@ def show(
     "Draw images side by side, every pixel of a small one as a square."
     tensors = _as_list(images)
     titles = _titles(titles, len(tensors), "image")
-    starts = range(0, len(tensors), columns or 8)
-    rows, above = ([many[i : i + (columns or 8)] for i in starts] for many in (tensors, titles))
+    beside = _columns(columns)
+    starts = range(0, len(tensors), beside)
+    rows, above = ([many[i : i + beside] for i in starts] for many in (tensors, titles))
     _draw_panel(_arrange(rows, above, [""] * len(rows), scale), suptitle)
 
 
@@ -230,8 +240,7 @@ def running_mean(
     m_i = (1/k) Σ_{j = i-k+1..i} v_j, as the difference of two cumulative sums, so that the width costs nothing. Where
     the jumps of the values are independent, those of the mean are √k times smaller.
     """
-    if width < 1:
-        raise LDMError(f"`width` should be at least 1, not {width}")
+    width = check_count("width", width)
     sums = torch.as_tensor(values, dtype=torch.float64).cumsum(0)
     sums = torch.cat([sums.new_zeros(1), sums])  # sums[i]: sum of the first i values
     end = torch.arange(1, len(sums))
@@ -240,8 +249,11 @@ def running_mean(
 
 
 def _numbers(values: Iterable) -> list[float]:
-    "The values as Python floats, whether a list, a tensor or an array holds them."
-    return [float(value.item() if isinstance(value, Tensor) else value) for value in values]
+    "The values as Python floats, whether a list, a tensor or an array holds them; LDMError where they are none."
+    try:
+        return [float(value.item() if isinstance(value, Tensor) else value) for value in values]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise LDMError(f"a curve should be a list, a tensor or an array of numbers ({brief(error)})") from error
 
 
 def curve(
@@ -258,10 +270,12 @@ def curve(
     """
     import matplotlib.pyplot as plt
 
+    smooth = check_count("smooth", smooth)
+    drawn = {label: _numbers(values) for label, values in curves.items()}
+    shared = None if x is None else _numbers(x)
     figure, axes = plt.subplots(figsize=(6, 2.5), dpi=_DPI, layout="constrained")
-    for label, values in curves.items():
-        values = _numbers(values)
-        places = range(len(values)) if x is None else _numbers(x)
+    for label, values in drawn.items():
+        places = range(len(values)) if shared is None else shared
         if len(values) != len(places):
             plt.close(figure)
             raise LDMError(f"curve '{label}' has {len(values)} values and `x` {len(places)}: one place for each value")
@@ -397,7 +411,7 @@ def save(
 
     path, tensors = place(path), _as_list(images)
     form = Image.registered_extensions().get(path.suffix.lower())
-    if form is None:
+    if form not in Image.SAVE:  # Pillow can read more formats than it can write
         raise LDMError(f"`path` should end in .png or .jpg: '{path.name}'")
     folder_for(path)
     with writing(path), atomic(path) as temporary:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm_edu.basics import progress
+from ldm_edu.checks import MOST_SEED, check_count
 from ldm_edu.conditioning.condition import Condition, read_key
 from ldm_edu.diffusion.sampling import SeededNoise
 from ldm_edu.errors import LDMError
@@ -49,11 +50,11 @@ def score_condition(
     "How much the loss of eq. 3 depends on the condition, for a conditioner of any kind; LDMError where there is none."
     if model.conditioner is None:
         raise LDMError("model: it is unconditional, so there is no condition that it could use")
-    if not 1 <= levels <= model.schedule.T:
-        raise LDMError(f"levels={levels} must lie between 1 and the T={model.schedule.T} levels of the schedule")
+    levels = check_count("levels", levels, 1, model.schedule.T)
     image = read_key(batch, "image").to(model.device)
     if (b := len(image)) < 2:
         raise LDMError(f"batch: has {b} image, but the condition of another image is needed: give at least 2")
+    seed = check_count("seed", seed, 0, MOST_SEED + 1 - b)
     z = model.first_stage.encode(image)
     _, own = model.denoiser(batch, 1.0)
     if own is None or len(own) != b:
@@ -65,7 +66,7 @@ def score_condition(
 
     noise, losses = SeededNoise(range(seed, seed + b)), {name: torch.zeros(b) for name in conditions}
     for k in progress(range(levels), "noise levels"):
-        t = torch.full((b,), round((k + 0.5) * model.schedule.T / levels), device=image.device)
+        t = torch.full((b,), int((k + 0.5) * model.schedule.T / levels), device=image.device)
         eps = noise.noise(z.shape[1:]).to(z)
         for name, cond in conditions.items():
             losses[name] += _losses(model, z, t, eps, cond).float().cpu() / levels

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoints import Part
-from ..checks import check_images
+from ..checks import check_count, check_images
 from ..data.toy.captions import read_caption, relation
 from ..data.toy.scenes import COLOURS, HEIGHT, SEGMENTS, SHAPES, SIZES, Scene, Thing, project, truth
 from ..errors import LDMError
@@ -159,7 +159,7 @@ class SceneReader(Part, ReaderNetwork):
         "The things in every image, the surest first. (How far a thing is turned is not read: `angle` is 0.)"
         if check_images("images", images).shape[2:] != (READER_SIZE, READER_SIZE):
             raise LDMError(f"the judge reads images (b, 3, {READER_SIZE}, {READER_SIZE}), not {tuple(images.shape)}")
-        where = next(self.parameters())
+        where, chunk = next(self.parameters()), check_count("chunk", chunk)
         readings = [self(part.to(where)) for part in images.split(chunk)]
         return [things for reading in readings for things in decide(reading)]
 

@@ -14,17 +14,24 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checks import MOST_VALUE, known_range
 from ..errors import LDMError
 from .backbones import BACKBONES, Backbone, linear_weights, load_backbone
 
 # %% ../../nbs/1_first_stage/13_metrics.ipynb #976501e8
 def _check_pair(metric: str, x: Tensor, y: Tensor) -> None:
-    "LDMError for anything but two batches of images of one shape."
+    "LDMError for anything but two batches of images of one shape, and for values that cannot be in [-1, 1]."
     if x.shape != y.shape or x.ndim < 2:
         shapes = f"{tuple(x.shape)} and {tuple(y.shape)}"
         raise LDMError(f"{metric} compares batches of one shape (b, c, h, w), not {shapes}")
     if not (x.is_floating_point() and y.is_floating_point()):
         raise LDMError(f"{metric} needs floats in [-1, 1], not {x.dtype} and {y.dtype}")
+    if not all(x.shape[1:]):
+        raise LDMError(f"{metric} compares images with pixels, not {tuple(x.shape)}")
+    for name, images in (("x", x), ("y", y)):
+        least, most = known_range(images) or (0, 0)  # nan passes: its score is nan
+        if least < -MOST_VALUE or most > MOST_VALUE:
+            raise LDMError(f"{metric}: {name} should be in [-1, 1], but holds values from {least:g} to {most:g}")
 
 # %% ../../nbs/1_first_stage/13_metrics.ipynb #b5c90390
 def psnr(

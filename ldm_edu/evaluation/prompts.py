@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..basics import progress
+from ..checks import MOST_SEED, check_count, check_number
 from ..data.toy.datasets import ToyCOCO
 from ..errors import LDMError
 from .judge import PromptAccuracy, SceneReader, prompt_accuracy
@@ -22,7 +23,7 @@ from ..latent_diffusion import LatentDiffusion
 def captions_of(split: str = "validation", n: int = 512) -> list[str]:
     "The first n captions of a split of `ToyCOCO`."
     data = ToyCOCO(split)
-    if not 1 <= n <= len(data):
+    if (n := check_count("n", n)) > len(data):
         raise LDMError(f"n={n}: split {split!r} has 1 to {len(data)} captions")
     return [data.describe(i)[1][0] for i in range(n)]
 
@@ -36,7 +37,10 @@ def draw_captions(
     chunk: int = 64,  # images at once
 ) -> Float[Tensor, "b 3 h w"]:
     "One image for each caption, in [-1, 1], on the CPU."
-    parts = []
+    if not captions:
+        raise LDMError("captions is empty: there is nothing to draw")
+    chunk, scale = check_count("chunk", chunk), float(check_number("scale", scale))
+    seed, parts = check_count("seed", seed, 0, MOST_SEED + 1 - len(captions)), []
     for start in progress(range(0, len(captions), chunk), f"scale {scale:g}"):
         some = list(captions[start : start + chunk])
         parts.append(model.sample(some, steps=steps, scale=scale, seed=seed + start).cpu())
@@ -68,8 +72,9 @@ def choose_scale(
     "The scale at which most captions are drawn (the lowest of equals), and the scores at all of them."
     if split == "test":
         raise LDMError("split='test' is for measuring, not for choosing: choose on 'validation'")
+    scales = sorted(float(check_number("each of scales: scale", scale)) for scale in scales)
     if not scales:
         raise LDMError("scales is empty: there is nothing to choose from")
     captions = captions_of(split, n)
-    scores = {scale: score_prompts(model, reader, captions, scale, steps) for scale in sorted(scales)}
+    scores = {scale: score_prompts(model, reader, captions, scale, steps) for scale in scales}
     return max(scores, key=lambda scale: (scores[scale].prompts.right, -scale)), scores

@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from ldm_edu.basics import progress
-from ldm_edu.checks import check_counts, check_images
+from ldm_edu.checks import check_count, check_images, shown
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.metrics import psnr, ssim
 from ldm_edu.first_stage.autoencoder import FirstStage
@@ -30,10 +31,11 @@ class Mean:
     def of(cls, values: Float[Tensor, "n"], digits: int = 2) -> "Mean":
         """The mean of `values`, and the standard error from their standard deviation.
 
-        Values may be infinite, as the PSNR of two equal images is; then there is no error. LDMError for NaN.
+        Values may be infinite, as the PSNR of two equal images is; then there is no error. LDMError for NaN, and for
+        infinities of both signs, which have no mean.
         """
-        if len(values) < 2 or values.isnan().any():
-            raise LDMError(f"values should be at least 2 numbers, not {values.tolist()[:5]}")
+        if len(values) < 2 or values.mean().isnan():
+            raise LDMError(f"values should be at least 2 numbers that have a mean, not {values.tolist()[:5]}")
         error = values.std().item() / len(values) ** 0.5 if values.isfinite().all() else 0.0
         return cls(values.mean().item(), error, digits)
 
@@ -72,6 +74,15 @@ class ReconstructionScores:
         return "\n".join(f"{name:28s} {value}" for name, value in self.rows().items())
 
 
+def _distances(perceptual: Callable[[Tensor, Tensor], Any], back: Tensor, x: Tensor) -> Tensor:
+    "The perceptual distance of each image (b,); LDMError where that is not what `perceptual` gives."
+    far = perceptual(back, x)
+    if not isinstance(far, Tensor) or far.numel() != len(x) or far.shape[:1] != (len(x),):
+        told = tuple(far.shape) if isinstance(far, Tensor) else shown(far)
+        raise LDMError(f"perceptual should give one distance for each image, a tensor ({len(x)},), not {told}")
+    return far.flatten()
+
+
 @torch.no_grad()
 def score_first_stage(
     first_stage: FirstStage,
@@ -80,14 +91,14 @@ def score_first_stage(
     chunk: int = 64,  # images at once
 ) -> ReconstructionScores:
     "PSNR, SSIM and a perceptual distance between images and their reconstructions (as in table 8)."
-    check_counts(chunk=chunk)
+    chunk = check_count("chunk", chunk)
     if len(check_images("images", images)) < 2:
         raise LDMError(f"images: {len(images)} are too few for a mean with an error; give at least 2")
     values, indices = [], []
     for x in progress(images.split(chunk), "reconstructing"):
         z = first_stage.encode(x)
         back = first_stage.decode(z).clamp(-1, 1)
-        values.append(torch.stack([psnr(back, x), ssim(back, x), perceptual(back, x).flatten()]))
+        values.append(torch.stack([psnr(back, x), ssim(back, x), _distances(perceptual, back, x)]))
         if isinstance(first_stage, AutoencoderVQ):
             indices.append(first_stage.quantize(z).indices)
     decibels, similar, far = torch.cat(values, 1)

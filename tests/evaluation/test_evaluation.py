@@ -1,14 +1,18 @@
 """Scores over many captions: what is compared with what, and what is refused."""
 
 import copy
+import inspect
 
+import numpy as np
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 import ldm_edu.evaluation.prompts as evaluation
 from ldm_edu import LatentDiffusion, ToyCOCO, UNet, collate, diffusion_loss
 from ldm_edu.denoiser.attention import CrossAttention
 from ldm_edu.diffusion.sampling import SeededNoise
+from ldm_edu.diffusion.schedule import NoiseSchedule
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.conditions import score_condition
 from ldm_edu.evaluation.features import ToyFeatures
@@ -214,7 +218,59 @@ def test_a_condition_needs_two_images_and_a_model_that_has_one(model):
 @pytest.mark.parametrize("levels", [0, -1, 1001])
 def test_levels_that_do_not_exist_are_refused(levels, model):
     data = ToyCOCO("validation", length=2)
-    with pytest.raises(LDMError, match=f"levels={levels} must lie between 1 and the T=1000"):
+    with pytest.raises(LDMError, match=f"levels={levels} should be a whole number, 1 to 1000"):
         score_condition(model, collate([data[0], data[1]]), levels=levels)
     with pytest.raises(LDMError, match="has no 'image'"):
         score_condition(model, {"caption": ["a red ball", "a can"]})
+
+
+def test_every_noise_level_is_asked_once_where_as_many_are_asked_for(model, monkeypatch):
+    asked = []
+    small = LatentDiffusion(model.first_stage, model.unet, NoiseSchedule(T=4), model.conditioner, model.size)
+    real = type(small.schedule).q_sample
+    monkeypatch.setattr(
+        NoiseSchedule, "q_sample", lambda self, z, t, e: asked.append(t[0].item()) or real(self, z, t, e)
+    )
+    data = ToyCOCO("validation")
+    score_condition(small, collate([data[i] for i in range(2)]), levels=4)
+    assert sorted(set(asked)) == [0, 1, 2, 3]
+
+
+def test_a_seed_of_a_narrow_kind_does_not_wrap(model):
+    batch = collate([ToyCOCO("validation")[i] for i in range(2)])
+    narrow = inspect.unwrap(score_condition)(model, batch, np.int64(1), np.uint8(255))
+    assert narrow == score_condition(model, batch, 1, 255)
+
+
+@pytest.mark.parametrize("chunk", [0, -1, 1.5, True])
+def test_a_chunk_is_a_number_of_pictures(chunk, model, reader, images, distance):
+    refused = pytest.raises((LDMError, TypeError, TypeCheckError), match="chunk")
+    with refused:
+        reader.read(torch.zeros(2, 3, 64, 64), chunk)
+    with refused:
+        draw_captions(model, ["a large red sphere"], chunk=chunk)
+    with refused:
+        score_first_stage(IdentityFirstStage(), images, distance, chunk)
+
+
+def test_a_chunk_of_numpy_is_a_chunk(reader, images, distance):
+    assert len(inspect.unwrap(SceneReader.read)(reader, torch.zeros(2, 3, 64, 64), np.int64(1))) == 2
+    assert inspect.unwrap(score_first_stage)(IdentityFirstStage(), images, distance, np.int64(3)).images == 7
+
+
+def test_no_captions_and_no_scales_are_nothing_to_draw(model, reader):
+    with pytest.raises(LDMError, match="captions is empty"):
+        draw_captions(model, [])
+    with pytest.raises(LDMError, match="scales is empty"):
+        inspect.unwrap(choose_scale)(model, reader, (scale for scale in ()), n=1)
+
+
+@pytest.mark.parametrize("far", [torch.tensor(0.5), torch.zeros(7, 2), torch.zeros(6), 0.5], ids=str)
+def test_a_perceptual_distance_is_one_number_for_each_picture(far, images):
+    with pytest.raises((LDMError, TypeError, TypeCheckError), match="perceptual"):
+        inspect.unwrap(score_first_stage)(IdentityFirstStage(), images, lambda x, y: far)
+
+
+def test_infinities_of_both_signs_have_no_mean():
+    with pytest.raises(LDMError, match="have a mean"):
+        Mean.of(torch.tensor([float("inf"), -float("inf")]))

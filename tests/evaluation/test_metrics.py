@@ -607,3 +607,19 @@ def test_channel_weights_that_cannot_be_used_are_named(lpips_folder):
     path.mkdir()
     with pytest.raises(LDMError, match="alex.pth cannot be read: a folder stands in its place"):
         linear_weights("alex")
+
+
+@pytest.mark.parametrize("side", ["x", "y"])
+@pytest.mark.parametrize("metric", ["psnr", "ssim", "LPIPS"])
+def test_bytes_as_floats_are_refused(metric, side, alex):
+    measure = {"psnr": psnr, "ssim": ssim, "LPIPS": alex}[metric]
+    x = {name: torch.zeros(2, 3, 32, 32) for name in ("x", "y")}
+    x[side] = torch.full_like(x[side], 255.0)
+    with pytest.raises(LDMError, match=rf"{metric}: {side} should be in \[-1, 1\], but holds values from 255 to 255"):
+        measure(x["x"], x["y"])
+
+
+@pytest.mark.parametrize("shape", [(2, 0), (2, 3, 0, 8)])
+def test_pictures_without_pixels_are_refused(shape):
+    with pytest.raises(LDMError, match="with pixels"):
+        psnr(torch.zeros(shape), torch.zeros(shape))
