@@ -771,6 +771,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                              'ldm_edu/training/loop.py'),
                                        'ldm_edu.training.loop._permutation': ( '5_latent_diffusion/training.html#_permutation',
                                                                                'ldm_edu/training/loop.py'),
+                                       'ldm_edu.training.loop._sum_gradients': ( '5_latent_diffusion/training.html#_sum_gradients',
+                                                                                 'ldm_edu/training/loop.py'),
                                        'ldm_edu.training.loop.batch_indices': ( '5_latent_diffusion/training.html#batch_indices',
                                                                                 'ldm_edu/training/loop.py'),
                                        'ldm_edu.training.loop.check_finite': ( '5_latent_diffusion/training.html#check_finite',

@@ -12,6 +12,7 @@ import sys
 import tempfile
 import textwrap
 import time
+import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from importlib.metadata import version
@@ -36,7 +37,7 @@ from ldm_edu.evaluation.judge import SceneReader, reader_accuracy
 from ldm_edu.evaluation.metrics import LPIPS
 from ldm_edu.evaluation.prompts import captions_of, choose_scale, score_prompts
 from ldm_edu.evaluation.reconstruction import score_first_stage
-from ldm_edu.files import atomic, brief, load_json, place, probe, reason, save_json, writing
+from ldm_edu.files import atomic, brief, load_json, place, printable, probe, reason, save_json, writing
 from ldm_edu.first_stage.quantization import load_first_stage
 from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.settings import load_settings
@@ -141,6 +142,17 @@ def _show_version(wanted: bool) -> bool:
     return wanted
 
 
+def _import_error(error: BaseException) -> str:
+    "Why a module could not be imported, in one line, with the place where that is not in the message itself."
+    if isinstance(error, ImportError):
+        return brief(error)
+    told = f"{type(error).__name__}: {printable(str(error))[:300]}"
+    if isinstance(error, SyntaxError):
+        return told
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{told} ({last.filename}, line {last.lineno})"
+
+
 @app.callback()
 def about(
     modules: Annotated[
@@ -161,8 +173,8 @@ def about(
             raise LDMError(f"--import {name}: this is no name of a module; in Python it would follow `import`")
         try:
             importlib.import_module(name)
-        except ImportError as error:
-            raise LDMError(f"--import {name}: {error}") from error
+        except (Exception, SystemExit) as error:  # of whatever the module does
+            raise LDMError(f"--import {name}: {_import_error(error)}") from error
 
 
 Device = Annotated[str | None, typer.Option(help="auto, cuda, mps or cpu; default: `device` in settings.ini")]

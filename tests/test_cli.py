@@ -424,3 +424,21 @@ def test_only_the_command_lets_ctrl_c_end_at_once():
     code = "import signal, ldm_edu; print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "True\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("def f(:", "SyntaxError: "),
+        ("raise RuntimeError('boom')", r"RuntimeError: boom \(.*broken_module.py, line 1\)"),
+        ("x = 1/0", "ZeroDivisionError: division by zero"),
+        ("import sys; sys.exit(3)", "SystemExit: 3"),
+        ("import nowhere_else", "No module named 'nowhere_else'"),
+    ],
+)
+def test_a_module_of_ones_own_that_is_broken_is_named_in_one_line(content, said, tmp_path):
+    (tmp_path / "broken_module.py").write_text(content)
+    command = [sys.executable, "-m", "ldm_edu", "--import", "broken_module", "recipes"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert re.match(f"ldm-edu: --import broken_module: {said}", done.stderr), done.stderr

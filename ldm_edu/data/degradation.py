@@ -17,14 +17,22 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from ..checks import check_count, check_number, shown
 from ..display import to_pil
 from ..errors import LDMError
 
 # %% ../../nbs/workshop/degradation.ipynb #40889b75
+MOST_SIDE = 65_500  # pixels along a side, of which JPEG has no more
+MOST_WIDTH = 1000.0  # pixels that a blur may reach, about
+MOST_STRENGTH = 100.0  # of a degradation: 1 is what the paper does
+
+
 def _sides(images: Tensor) -> tuple[int, int]:
     "Height and width of a batch of images (b, c, h, w); LDMError where it is none."
     if images.ndim != 4 or not images.is_floating_point():
         raise LDMError(f"images should be float (b, c, h, w), not {images.dtype} {tuple(images.shape)}")
+    if not all(images.shape):
+        raise LDMError(f"images should be at least one, with pixels, not {tuple(images.shape)}")
     return images.shape[2], images.shape[3]
 
 
@@ -35,7 +43,8 @@ def _divided(
 ) -> tuple[int, int]:
     "Height and width of a batch of images, divided; LDMError where a remainder is left."
     h, w = _sides(images)
-    if divisor < 1 or h % divisor or w % divisor:
+    divisor = check_count(name, divisor)
+    if h % divisor or w % divisor:
         raise LDMError(f"{name} should divide the sides of the images, {h} and {w}; {divisor} does not")
     return h // divisor, w // divisor
 
@@ -61,8 +70,9 @@ def upsample(
 ) -> Float[Tensor, "b c H W"]:
     "Images made larger by bicubic interpolation. It is smooth and adds no detail."
     h, w = _sides(images)
-    if factor < 1:
-        raise LDMError(f"factor should be at least 1, not {factor}")
+    factor = check_count("factor", factor)
+    if max(h, w) * factor > MOST_SIDE:
+        raise LDMError(f"factor={factor} would make images with more than {MOST_SIDE} pixels along a side")
     return _resize(images, (h * factor, w * factor), mode="bicubic", antialias=True)
 
 # %% ../../nbs/workshop/degradation.ipynb #16537a6a
@@ -71,7 +81,8 @@ def gaussian_kernel(
     angle: float | int = 0.0,  # of the first axis against the horizontal, radians, clockwise as rows run downwards
 ) -> Float[Tensor, "k k"]:  # k is odd and covers three standard deviations
     "The kernel of a tilted Gaussian blur, with sum 1: the spot that a lens or a shaking hand makes of a point."
-    s1, s2 = (max(width, 0.1) for width in widths)
+    s1, s2 = (max(check_number("each of widths: width", width, 0, MOST_WIDTH), 0.1) for width in widths)
+    angle = check_number("angle", angle)
     radius = math.ceil(3 * max(s1, s2))
     y, x = torch.meshgrid(*[torch.arange(-radius, radius + 1.0)] * 2, indexing="ij")
     along = x * math.cos(angle) + y * math.sin(angle)
@@ -85,6 +96,9 @@ def blur(
     kernel: Float[Tensor, "k k"],  # odd k, sum 1
 ) -> Float[Tensor, "b c h w"]:
     "Images convolved with a kernel, every channel by itself. Beyond the border the outermost pixels are repeated."
+    _sides(images)
+    if kernel.shape[0] != kernel.shape[1] or not kernel.shape[0] % 2:
+        raise LDMError(f"kernel should be (k, k) with an odd k, so that it has a middle, not {tuple(kernel.shape)}")
     channels = images.shape[1]
     radius = kernel.shape[0] // 2
     weight = kernel.to(images).expand(channels, 1, -1, -1)
@@ -109,7 +123,9 @@ def add_noise(
     grey: bool = False,  # the same noise for all channels?
 ) -> Float[Tensor, "b c h w"]:
     "Images with Gaussian noise, clipped to [-1, 1]."
+    _sides(images)
     _check_rngs(rngs, len(images))
+    std = check_number("std", std, 0, 1e6)
     shape = (1, *images.shape[2:]) if grey else images.shape[1:]
     noise = np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in rngs])
     return (images + std * torch.from_numpy(noise).to(images)).clamp(-1, 1)
@@ -120,9 +136,9 @@ def jpeg(
     quality: int,  # 1 to 100, as in every program that saves images
 ) -> Float[Tensor, "b c h w"]:
     "Images after they were saved as JPEG and read again, by Pillow."
-    if not 1 <= quality <= 100:
-        raise LDMError(f"quality should be from 1 to 100, not {quality}")
-    _sides(images)
+    quality = check_count("quality", quality, 1, 100)
+    if max(_sides(images)) > MOST_SIDE:
+        raise LDMError(f"images should have at most {MOST_SIDE} pixels along a side, as in a JPEG: {tuple(images.shape)}")
     # Loaded here, since torchvision takes a second.
     from torchvision.transforms.v2 import functional
 
@@ -183,8 +199,7 @@ def degradation_steps(
     Blur, shrinking, noise and JPEG in random order, then JPEG once more. Yields what was done, and the image after it.
     """
     size = _divided(image, factor, "factor")
-    if not strength > 0:
-        raise LDMError(f"strength should be above 0, not {strength}")
+    strength = check_number("strength", strength, most=MOST_STRENGTH, above=0)
     order = rng.permutation(4)
     for step in [*(_STEPS[i] for i in order), _random_jpeg]:
         what, image = step(image, size, rng, float(strength))
@@ -198,6 +213,7 @@ def degrade(
     strength: float | int = 1.0,  # 1: the ranges of `bsrgan_light`, rounded
 ) -> Float[Tensor, "b 3 H W"]:
     "Images made smaller, with blur, noise and JPEG in random order: the inputs of LDM-BSR (D.6.1)."
+    _sides(images)
     _check_rngs(rngs, len(images))
     singles = images.detach().float().cpu().split(1)
     steps = [list(degradation_steps(image, factor, rng, strength)) for image, rng in zip(singles, rngs)]
@@ -291,10 +307,10 @@ def random_mask(
 ) -> Float[Tensor, "b 1 size size"]:  # 1 missing, 0 known
     "Masks for inpainting, each of a random kind: boxes, brush strokes or halves (section 4.5)."
     _check_rngs(rngs)
-    if size < 2:
-        raise LDMError(f"size should be at least 2 pixels, not {size}")
-    if not kinds or not set(kinds) <= set(MASKS):
-        raise LDMError(f"kinds should be out of {', '.join(MASKS)}, not {', '.join(kinds) or 'none'}")
+    size = check_count("size", size, 2, MOST_SIDE)
+    if isinstance(kinds, str) or not kinds or not set(kinds) <= set(MASKS):
+        told = shown(kinds) if isinstance(kinds, str) else ", ".join(map(str, kinds)) or "none"
+        raise LDMError(f"kinds should be out of {', '.join(MASKS)}, not {told}")
     if not 0 < share[0] <= share[1] <= 0.9:
         raise LDMError(f"share should be (least, greatest) with 0 < least <= greatest <= 0.9, not {share}")
     masks = [MASKS[rng.choice(kinds)](size, rng, rng.uniform(*share)) for rng in rngs]
@@ -343,7 +359,7 @@ def erase(
     if right != tuple(mask.shape):
         raise LDMError(f"mask should be {right}, to fit the images, not {tuple(mask.shape)}")
     _check_mask(mask)
-    return torch.where(mask == 1, fill, images)
+    return torch.where(mask == 1, check_number("fill", fill), images)
 
 # %% ../../nbs/workshop/degradation.ipynb #b54a98a0
 def mask_to_latent(

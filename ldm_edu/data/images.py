@@ -144,7 +144,8 @@ def _check_colours(image: Image.Image) -> None:
 def _shorten_transparency(image: Image.Image) -> None:
     "Let the colour that a PNG with 16 bits calls transparent have 8, as Pillow reads its pixels."
     hole = image.info.get("transparency")
-    if isinstance(hole, tuple) and getattr(image, "tile", None) and image.tile[0][3] == "RGB;16B":
+    tiles = getattr(image, "tile", None)  # how Pillow reads the pixels
+    if isinstance(hole, tuple) and tiles and tiles[0][3] == "RGB;16B":
         image.info["transparency"] = tuple(value >> 8 for value in hole)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ldm_edu.checks import shown
 from ldm_edu.errors import LDMError
 from ldm_edu.files import brief
 from ldm_edu.first_stage.quantization import load_first_stage
@@ -40,14 +41,18 @@ def train(
     folder do not fit each other.
     """
     if not isinstance(recipe, AnyRecipe):
-        raise LDMError(f"recipe should be a recipe, such as find_recipe('toy-demo'), not {recipe!r}")
+        raise LDMError(f"recipe should be a recipe, such as find_recipe('toy-demo'), not {shown(recipe)}")
+    if not isinstance(options, RunOptions):
+        raise LDMError(f"options should be RunOptions(...), not {shown(options)}")
     recipe_from_dict(recipe_to_dict(recipe))  # refuses fields of other types
     check_parts(recipe, options)
     if isinstance(recipe, Recipe | AutoencoderRecipe):
         check_fit(recipe, options)
     run = open_run(recipe, folder, options)
     try:
-        return train_stages(recipe, run)
+        # Number format and gradients are the run's, whatever the caller has switched on or off.
+        with torch.enable_grad(), torch.autocast(run.accelerator.device.type, enabled=False):
+            return train_stages(recipe, run)
     except RuntimeError as error:
         if run.accelerator.num_processes == 1 or not LOST.search(str(error)):
             raise

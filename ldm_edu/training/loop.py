@@ -141,6 +141,17 @@ def sum_gradients(
     parts: Sequence[Mapping[str, Any]],  # micro-batches
 ) -> tuple[Tensor, dict[str, Tensor]]:
     "Add the gradient of the mean loss to the weights' `grad`; returns that loss, and its terms."
+    # The run decides the number format, and accelerate sees to it: not what the caller has switched on.
+    with torch.enable_grad(), torch.autocast(accelerator.device.type, enabled=False):
+        return _sum_gradients(accelerator, task, parts)
+
+
+def _sum_gradients(
+    accelerator: RunAccelerator,
+    task: nn.Module,
+    parts: Sequence[Mapping[str, Any]],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    "`sum_gradients`, in the number format that is set."
     total, means = torch.zeros((), device=accelerator.device), {}
     for k, part in enumerate(parts):
         with nullcontext() if k == len(parts) - 1 else accelerator.no_sync(task):

@@ -26,7 +26,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from torch import Tensor
 
 from ldm_edu.basics import pick_device, pick_dtype
-from ldm_edu.checks import check_count, check_number
+from ldm_edu.checks import check_count, check_number, shown
 from ldm_edu.errors import CheckpointError, LDMError
 from ldm_edu.files import (
     appending,
@@ -76,16 +76,20 @@ class RunOptions:
 
     def __post_init__(self):
         if self.precision not in (None, *PRECISIONS):
-            raise LDMError(f"unknown precision '{self.precision}'; known: {', '.join(PRECISIONS)}")
-        check_count("every", self.every)
-        check_number("save_every", self.save_every, 0.0)
+            raise LDMError(f"unknown precision {shown(self.precision)}; known: {', '.join(PRECISIONS)}")
+        kept: dict[str, Any] = {"every": check_count("every", self.every)}
+        kept["save_every"] = check_number("save_every", self.save_every, 0.0)
         if self.sample_every is not None:
-            check_count("sample_every", self.sample_every, 0)
+            kept["sample_every"] = check_count("sample_every", self.sample_every, 0)
         for name in ("data_dir", "cache_dir", "weights_dir"):
-            if not isinstance(getattr(self, name), str | Path | None):
-                raise LDMError(f"{name}={getattr(self, name)!r} should be a folder")
+            folder = getattr(self, name)
+            if not isinstance(folder, str | Path | None) or folder == "":
+                raise LDMError(f"{name}={shown(folder)} should be a folder")
+            kept[name] = None if folder is None else place(folder)
+        for name, value in kept.items():
+            object.__setattr__(self, name, value)  # the one way into a frozen dataclass
         if not isinstance(self.device, str):
-            raise LDMError(f"device={self.device!r} should be a name, such as 'auto' or 'cpu'")
+            raise LDMError(f"device={shown(self.device)} should be a name, such as 'auto' or 'cpu'")
         if isinstance(self.trackers, str) or not isinstance(self.trackers, Sequence):
             raise LDMError(f"trackers are a list of names: [{self.trackers!r}] rather than {self.trackers!r}")
         for tracker in self.trackers:
@@ -160,8 +164,12 @@ def make_accelerator(
             dynamo_backend="no",
             gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
         )
-    except ValueError as error:
-        raise LDMError(f"accelerate refuses what the environment variables say: {brief(error)}") from error
+    except Exception as error:  # of whatever these variables ask for
+        named = sorted(name for name in os.environ if name.startswith("ACCELERATE_"))
+        if not named and not isinstance(error, ValueError):
+            raise
+        told = f" ({', '.join(named)})" if named else ""
+        raise LDMError(f"accelerate refuses what the environment variables say{told}: {brief(error)}") from error
     accelerator.precision = precision
     accelerator.dtype = torch.float64 if precision == "fp64" else torch.float32
     return accelerator
@@ -539,6 +547,10 @@ def open_run(
 
     No other process can open it until the run is closed, or its process ends.
     """
+    if folder == "":
+        raise LDMError("folder is an empty text: give the folder of the run a name")
+    if torch.is_inference_mode_enabled():  # weights that are made in it can never be trained
+        raise LDMError("training needs gradients, and torch.inference_mode() forbids them: train outside of it")
     folder = place(folder)
     precision = chosen_precision(folder, options)
     accelerator = make_accelerator(options.device, precision, options.trackers, folder)

@@ -448,3 +448,50 @@ def test_a_folder_without_validation_images_is_refused_before_anything_is_writte
     with pytest.raises(DataError, match="none of its 1 images is in split '(train|validation)'"):
         train_tiny(tmp_path / "run", recipe, data_dir=data)
     assert not (tmp_path / "run").exists()
+
+
+# What the caller has set ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_in_fp32_stays_in_fp32_inside_autocast_and_trains_inside_no_grad(tmp_path):
+    plain = train_tiny(tmp_path / "plain", tiny(2))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        inside = train_tiny(tmp_path / "inside", tiny(2))
+    assert not differences(weights(tmp_path / "plain"), weights(tmp_path / "inside"))
+    assert type(plain) is type(inside)
+
+
+def test_inference_mode_is_refused_before_anything_is_written(tmp_path):
+    with torch.inference_mode(), pytest.raises(LDMError, match="train outside of it"):
+        train_tiny(tmp_path / "run", tiny(2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_options_that_are_none_and_a_folder_without_a_name_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(LDMError, match="options should be RunOptions"):
+        inspect.unwrap(train)(tiny(), tmp_path / "run", None)
+    with pytest.raises(LDMError, match="folder is an empty text"):
+        train(tiny(), "", CPU)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_folders_of_options_may_begin_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    options = RunOptions(data_dir="~/data", cache_dir=Path("~/cache"), weights_dir="~")
+    assert (options.data_dir, options.cache_dir) == (tmp_path / "data", tmp_path / "cache")
+    assert options.weights_dir == tmp_path
+    with pytest.raises(LDMError, match="cache_dir='' should be a folder"):
+        RunOptions(cache_dir="")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("ACCELERATE_USE_DEEPSPEED", "true"), ("ACCELERATE_USE_MEGATRON_LM", "true"), ("ACCELERATE_TORCH_DEVICE", "foo")],
+)
+def test_what_accelerate_makes_of_its_environment_is_told_in_one_line(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(LDMError, match=f"environment variables say .*{name}"):
+        make_accelerator("cpu", "fp32")
+    monkeypatch.delenv(name)
+    assert make_accelerator("cpu", "fp32").device.type == "cpu"
