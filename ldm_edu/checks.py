@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ldm_edu.errors import LDMError
-from ldm_edu.files import printable
 
 __all__: list[str] = []
 
@@ -90,7 +89,7 @@ def shown(value: Any) -> str:
         text = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) and value.ndim else repr(value)
     except Exception:  # of whatever class, or a list with a number that Python refuses to write out
         text = f"a {type(value).__name__}"
-    text = printable(text[:100])
+    text = "".join(letter if letter.isprintable() else " " for letter in text[:100])
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -16,7 +16,7 @@ from ldm_edu.training.judge import FeaturesStage, FeaturesTask, ReaderStage
 from ldm_edu.training.recipes import AnyRecipe, AutoencoderRecipe, FeaturesRecipe, ReaderRecipe, Recipe
 from ldm_edu.training.recipes import recipe_from_dict, recipe_to_dict
 from ldm_edu.training.resume import run_stage
-from ldm_edu.training.run import Run, RunOptions, open_run
+from ldm_edu.training.run import Run, RunOptions, open_run, settings_of_the_run
 from ldm_edu.training.stages import DiffusionStage, FirstStageStage
 from ldm_edu.training.tasks import perceptual_distance
 
@@ -50,8 +50,7 @@ def train(
         check_fit(recipe, options)
     run = open_run(recipe, folder, options)
     try:
-        # Number format and gradients are the run's, whatever the caller has switched on or off.
-        with torch.enable_grad(), torch.autocast(run.accelerator.device.type, enabled=False):
+        with settings_of_the_run(run.accelerator):
             return train_stages(recipe, run)
     except RuntimeError as error:
         if run.accelerator.num_processes == 1 or not LOST.search(str(error)):

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import LDMError
 from .recipes import Training
-from .run import RunAccelerator
+from .run import RunAccelerator, settings_of_the_run
 
 # %% ../../nbs/5_latent_diffusion/53_training.ipynb #86575ba0
 @lru_cache(maxsize=4)
@@ -141,8 +141,7 @@ def sum_gradients(
     parts: Sequence[Mapping[str, Any]],  # micro-batches
 ) -> tuple[Tensor, dict[str, Tensor]]:
     "Add the gradient of the mean loss to the weights' `grad`; returns that loss, and its terms."
-    # The run decides the number format, and accelerate sees to it: not what the caller has switched on.
-    with torch.enable_grad(), torch.autocast(accelerator.device.type, enabled=False):
+    with settings_of_the_run(accelerator):
         return _sum_gradients(accelerator, task, parts)
 
 

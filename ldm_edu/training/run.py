@@ -11,7 +11,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -173,6 +173,15 @@ def make_accelerator(
     accelerator.precision = precision
     accelerator.dtype = torch.float64 if precision == "fp64" else torch.float32
     return accelerator
+
+
+@contextmanager
+def settings_of_the_run(accelerator: RunAccelerator) -> Iterator[None]:
+    "Gradients are on and the caller's autocast is off: the run decides the number format, and accelerate sees to it."
+    kind = accelerator.device.type
+    with torch.enable_grad():
+        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
+            yield
 
 
 # A run and its log ---------------------------------------------------------------------------------------------------
