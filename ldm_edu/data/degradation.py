@@ -138,7 +138,9 @@ def jpeg(
     "Images after they were saved as JPEG and read again, by Pillow."
     quality = check_count("quality", quality, 1, 100)
     if max(_sides(images)) > MOST_SIDE:
-        raise LDMError(f"images should have at most {MOST_SIDE} pixels along a side, as in a JPEG: {tuple(images.shape)}")
+        raise LDMError(
+            f"images should have at most {MOST_SIDE} pixels along a side, as in a JPEG: {tuple(images.shape)}"
+        )
     # Loaded here, since torchvision takes a second.
     from torchvision.transforms.v2 import functional
 

@@ -77,8 +77,8 @@ def check_images(metric: str, x: Tensor, y: Tensor, smallest: int, channels: int
 def _ssim_map(x: Tensor, y: Tensor) -> Float[Tensor, "b c h w"]:
     "`ssim_map` in double precision."
     check_images("ssim", x, y, 6)
-    window, c1, c2 = gaussian_window(), 0.01**2, 0.03**2
     device = "cpu" if x.device.type == "mps" else x.device
+    window, c1, c2 = gaussian_window().to(device), 0.01**2, 0.03**2
     a, b = (side.to(device).double() / 2 + 0.5 for side in (x, y))  # black is 0, white is 1
     ma, mb, aa, bb, ab = (local_mean(v, window) for v in (a, b, a * a, b * b, a * b))
     va, vb, covariance = aa - ma * ma, bb - mb * mb, ab - ma * mb
