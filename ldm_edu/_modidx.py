@@ -644,6 +644,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'ldm_edu/latent_diffusion.py'),
                                           'ldm_edu.latent_diffusion.LatentDiffusion': ( '5_latent_diffusion/latent_diffusion.html#latentdiffusion',
                                                                                         'ldm_edu/latent_diffusion.py'),
+                                          'ldm_edu.latent_diffusion.LatentDiffusion._read': ( '5_latent_diffusion/latent_diffusion.html#latentdiffusion._read',
+                                                                                              'ldm_edu/latent_diffusion.py'),
                                           'ldm_edu.latent_diffusion.LatentDiffusion.from_pretrained': ( '5_latent_diffusion/latent_diffusion.html#latentdiffusion.from_pretrained',
                                                                                                         'ldm_edu/latent_diffusion.py'),
                                           'ldm_edu.latent_diffusion.LatentDiffusion.save_pretrained': ( '5_latent_diffusion/latent_diffusion.html#latentdiffusion.save_pretrained',

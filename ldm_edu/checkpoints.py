@@ -18,13 +18,14 @@ from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.modules.module import (
     register_module_module_registration_hook,
     register_module_parameter_registration_hook,
 )
 
 from ldm_edu.errors import CheckpointError, LDMError
-from ldm_edu.files import brief, load_json, load_tensors, save_json, save_tensors, whole_folder
+from ldm_edu.files import brief, load_json, load_tensors, save_json, save_tensors, unchanged, whole_folder
 
 __all__ = ["Part", "checkpoint_path", "find_checkpoint", "find_class"]
 
@@ -142,6 +143,16 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, list | tuple) else value
 
 
+def _kept(value: Any) -> Any:
+    "An argument as it is now: lists and dicts are copied, at any depth, since the caller may change them later."
+    try:
+        if type(value) is dict:
+            return {key: _kept(each) for key, each in value.items()}
+        return type(value)(map(_kept, value)) if type(value) in (list, tuple) else value
+    except RecursionError:  # refused when it is saved
+        return value
+
+
 def _check_argument(name: str, value: Any) -> None:
     "CheckpointError where an argument, apart from the parts in it, would not come back from JSON as it is."
     parts = value if isinstance(value, list | tuple) else [value]
@@ -149,6 +160,8 @@ def _check_argument(name: str, value: Any) -> None:
         check_plain([part for part in parts if not isinstance(part, Part)])
     except TypeError as error:
         raise CheckpointError(f"`{name}` cannot be written as JSON: {error}") from error
+    except RecursionError as error:
+        raise CheckpointError(f"`{name}` cannot be written as JSON: it is nested too deeply") from error
 
 
 def _from_json(value: Any) -> Any:
@@ -199,6 +212,9 @@ def _arguments(cls: type, config: Mapping[str, Any]) -> dict[str, Any]:
     "`config` as arguments of `cls`: old names replaced, and tuples where the annotation does not ask for a list."
     wanted = inspect.signature(cls.__init__).parameters
     config = {name if name in wanted else _OLD_NAMES.get(name, name): value for name, value in config.items()}
+    for name, value in config.items():
+        if name in wanted and wanted[name].annotation in (bool, "bool") and not isinstance(value, bool):
+            raise CheckpointError(f"`{name}` should be true or false, not {brief(ValueError(repr(value)))}")
     takes_any = any(p.kind is p.VAR_KEYWORD for p in wanted.values())
     if not takes_any and (unknown := [name for name in config if name not in wanted]):
         raise CheckpointError(f"{cls.__name__} has no argument {', '.join(unknown)}")
@@ -261,12 +277,20 @@ class _Misfit(CheckpointError):
 
 
 @contextmanager
-def _at_most(count: int) -> Iterator[None]:
+def _at_most(
+    count: int,  # of parameters and modules
+    numbers: int,  # in all parameters together
+) -> Iterator[None]:
     "Within the block, this thread makes at most so many parameters and modules; one more raises `_TooLarge`."
-    thread, made = threading.get_ident(), itertools.count(1)
+    thread, made, total = threading.get_ident(), itertools.count(1), 0
 
     def see(module: nn.Module, name: str, inner: nn.Module | nn.Parameter | None) -> None:
-        if threading.get_ident() == thread and next(made) > count:
+        nonlocal total
+        if threading.get_ident() != thread:
+            return
+        if isinstance(inner, nn.Parameter) and not is_lazy(inner):
+            total += inner.numel()
+        if next(made) > count or total > numbers:
             raise _TooLarge
 
     handles = [register_module_parameter_registration_hook(see), register_module_module_registration_hook(see)]
@@ -281,8 +305,11 @@ def check_fit(
     model: nn.Module,  # may be on the meta device
     tensors: Mapping[str, Tensor],
 ) -> None:
-    "CheckpointError for the first tensor that is missing, too many, of another shape or kind, or not finite."
-    wanted = model.state_dict()
+    """CheckpointError for the first tensor that is missing, too many, of another shape or kind, or not finite.
+
+    A buffer may hold ±inf, as the mask of an attention does.
+    """
+    wanted, buffers = model.state_dict(), {name for name, _ in model.named_buffers()}
     for name in [*wanted, *tensors]:
         if name not in tensors:
             raise _Misfit(f"'{name}' is missing; it should be there, of shape {tuple(wanted[name].shape)}")
@@ -294,19 +321,33 @@ def check_fit(
         if here.is_floating_point():
             if there.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
                 raise _Misfit(f"'{name}' holds {there.dtype}, but should hold floating-point numbers")
-            if not there.isfinite().all():
+            if there.isnan().any() or (name not in buffers and there.isinf().any()):
                 raise _Misfit(f"'{name}' holds numbers that are not finite")
+            if there.dtype != here.dtype and not torch.equal(there.to(here.dtype).isinf(), there.isinf()):
+                raise _Misfit(f"'{name}' holds numbers that are too large for {here.dtype}")
         elif there.dtype != here.dtype:
             raise _Misfit(f"'{name}' holds {there.dtype}, but should hold {here.dtype}")
 
 
-def _on_meta(cls: type[C], arguments: Mapping[str, Any], count: int) -> C | None:
-    """The module that a config describes, without memory for its weights; of these and of modules, at most `count`.
+@contextmanager
+def plainly() -> Iterator[None]:
+    "Within the block, a new tensor is of float32, on the CPU, and can be trained, whatever the caller has set."
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.inference_mode(False):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+
+
+def _on_meta(cls: type[C], arguments: Mapping[str, Any]) -> C | None:
+    """The module that a config describes, without memory for its weights.
 
     None for a class of the user's own that cannot be made on the meta device.
     """
     try:
-        with torch.device("meta"), _at_most(count):
+        with torch.device("meta"):
             return _build(cls, arguments)
     except (LDMError, _TooLarge):
         raise
@@ -316,25 +357,60 @@ def _on_meta(cls: type[C], arguments: Mapping[str, Any], count: int) -> C | None
         return None
 
 
-def _checked_build(cls: type[C], arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C:
-    "The module that a config describes, into which tensors fit; nothing is made that is much larger than they are."
+_SOME = 10**6  # numbers that a module may have in other weights than those that are saved
+
+
+@contextmanager
+def _bounded(cls: type, arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    "Within the block, nothing is made from a config that is much larger than its tensors; else CheckpointError."
     of_cls = find_class(cls, _class_name(cls, arguments)).__name__
     longest = max((max(tensor.shape) for tensor in tensors.values() if tensor.numel() and tensor.ndim), default=0)
     _check_sizes("arguments", {**arguments, CLASS: of_cls}, max(MOST, len(tensors), longest))
+    numbers = sum(tensor.numel() for tensor in tensors.values())
     try:
-        # First without memory; a module may register a weight twice, and hold some modules that have none.
-        shapes = _on_meta(cls, arguments, 10 * len(tensors) + 1000)
+        # A module may register a weight twice, and hold some modules that have none.
+        with _at_most(10 * len(tensors) + 1000, 2 * numbers + _SOME):
+            yield
     except _TooLarge:
         raise _Misfit(f"the config asks for more weights than the {len(tensors)} that are there") from None
+
+
+def _checked_build(cls: type[C], arguments: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> C:
+    "The module that a config describes, into which tensors fit; it is made without memory first."
+    with _bounded(cls, arguments, tensors):
+        shapes = _on_meta(cls, arguments)
     if shapes is not None:
         check_fit(cast(nn.Module, shapes), tensors)
-    model = _build(cls, arguments)
+    with _bounded(cls, arguments, tensors):
+        model = _build(cls, arguments)
     check_fit(cast(nn.Module, model), tensors)
     return model
 
 
+def _check_loads(part: "Part", arguments: Mapping[str, Any], tensors: Mapping[str, Any]) -> None:
+    "CheckpointError where `from_pretrained` would refuse what a part is saved as."
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise CheckpointError(f"'{name}' is a {type(tensor).__name__}, but only tensors can be saved")
+        if is_lazy(tensor):
+            raise CheckpointError(f"'{name}' has no shape yet: call the module once, then save it")
+    try:
+        with plainly(), torch.random.fork_rng(devices=[]):
+            with _bounded(type(part), arguments, tensors):
+                shapes = _on_meta(type(part), arguments)
+            check_fit(part if shapes is None else shapes, tensors)
+    except Exception as error:  # the constructor may raise anything
+        raise CheckpointError(f"{type(part).__name__} could not be loaded again: {brief(error)}") from error
+
+
 def _load(cls: type[C], config: Path, weights: Path) -> C:
     "The module that two files describe; building it leaves the global random stream where it was."
+    with plainly(), unchanged(config):
+        return _read(cls, config, weights)
+
+
+def _read(cls: type[C], config: Path, weights: Path) -> C:
+    "The module that two files describe."
     arguments = load_json(config)
     tensors = load_tensors(weights)
     named = arguments.get(CLASS)
@@ -379,6 +455,7 @@ class Part(nn.Module, Saved):
             kind = call.signature.parameters[name].kind
             if kind is inspect.Parameter.VAR_POSITIONAL and value:
                 raise TypeError(f"{cls.__name__}(*{name}): arguments without a name cannot be saved; give them names")
+            value = _kept(value)
             if kind is not inspect.Parameter.VAR_POSITIONAL:
                 part._made_with |= value if kind is inspect.Parameter.VAR_KEYWORD else {name: value}
         return part
@@ -405,13 +482,15 @@ class Part(nn.Module, Saved):
         """Write config.json and model.safetensors, which belong together: a save that fails leaves the old files.
 
         Raises CheckpointError, and leaves the old files as they were, where an argument cannot be written as JSON, a
-        weight does not fit float16, or the disk is full.
+        weight is not finite or does not fit float16, `from_pretrained` would refuse the files, or the disk is full.
         """
         for name, value in self.config.items():
             _check_argument(name, value)
         with whole_folder(folder) as new:
+            tensors = self.state_dict()
             save_json(self.description, new / "config.json")
-            save_tensors(self.state_dict(), new / "model.safetensors", half)
+            _check_loads(self, load_json(new / "config.json"), tensors)
+            save_tensors(tensors, new / "model.safetensors", half)
 
     @classmethod
     def from_pretrained(

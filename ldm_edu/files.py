@@ -8,12 +8,13 @@ import secrets
 import shutil
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -39,6 +40,8 @@ _REMEDIES = {
 
 def reason(error: Exception) -> str:
     "What an error of the operating system means, and what to do about it, in one line."
+    if isinstance(error, SafetensorError) and (number := re.search(r"\(os error (\d+)\)", str(error))):
+        error = OSError(int(number[1]), os.strerror(int(number[1])))
     for numbers, text in _REMEDIES.items():
         if isinstance(error, OSError) and error.errno in numbers:
             return text
@@ -172,13 +175,96 @@ _UNFINISHED = ".unfinished-"  # how the temporary folders of `whole_folder` begi
 _CUT_SHORT = {"unfinished": "some files here are old and some are new"}  # a config.json while the others are moved
 
 
+# Errors of file systems that have no locks: some network drives.
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
+_PATIENCE = 60  # seconds to wait for another process that moves its files into the same folder
+
+
+def _acquired(lock: FileLock) -> bool:
+    "Take a lock; False where no file can be locked."
+    while True:
+        try:
+            lock.acquire(timeout=_PATIENCE)
+            held = os.stat(lock.lock_file)
+        except FileNotFoundError:  # the one that had it before has removed the file
+            lock.release()
+            continue
+        except Timeout:
+            raise TimeoutError(errno.ETIMEDOUT, "another process is saving into it: save it again later") from None
+        except (OSError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
+                raise
+            return False
+        file = getattr(lock, "_context").lock_file_fd
+        if os.name == "nt" or os.path.samestat(held, os.fstat(file)):
+            return True
+        lock.release()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    "Within the block, no other process moves files into a folder; where no file can be locked, that is not known."
+    lock = FileLock(folder / ".saving.lock")
+    is_locked = _acquired(lock)
+    try:
+        yield
+    finally:
+        if is_locked:
+            with suppress(OSError):  # Windows removes no file that is open, and filelock removes it there
+                os.unlink(lock.lock_file)
+            lock.release()
+
+
+def _check_places(new: Path, folder: Path, names: list[Path]) -> None:
+    "Make the folders of files that will be moved into `folder`; CheckpointError where one could not be moved there."
+    for name in names:
+        place = folder / name
+        with writing(place, CheckpointError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if place.parent.stat().st_dev != new.stat().st_dev:
+                raise OSError(errno.EXDEV, f"{place.parent} lies on another file system: save to another folder")
+            if not os.access(place.parent, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "no permission")
+            if place.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "a folder")
+
+
+def _move(new: Path, folder: Path, old: Path) -> None:
+    "Move the files under `new` into `folder`, and what they replace to `old`: all of them, or none; see `whole_folder`."
+    names = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
+    configs = sorted((name for name in names if name.name == "config.json"), key=lambda name: -len(name.parts))
+    names = [name for name in names if name not in configs] + configs
+    _check_places(new, folder, names)
+    for name in names:
+        (old / name).parent.mkdir(parents=True, exist_ok=True)
+    there = [name for name in names if (folder / name).exists()]
+    for name in configs:
+        if name in there:
+            shutil.copy2(folder / name, old / name)
+    try:
+        for name in configs[::-1]:
+            if name in there:
+                save_json(_CUT_SHORT, folder / name)
+        for name in names:
+            if name in there and name not in configs:
+                os.replace(folder / name, old / name)
+            os.replace(new / name, folder / name)
+    except BaseException:
+        for name in names:  # in the order in which they were moved: a config.json comes back behind its weights
+            if (old / name).exists():
+                os.replace(old / name, folder / name)
+            elif not (new / name).exists():
+                (folder / name).unlink(missing_ok=True)
+        raise
+
+
 @contextmanager
 def whole_folder(folder: str | Path) -> Iterator[Path]:
     """A temporary folder; if the block ends without an error, what it wrote there takes its place in `folder`.
 
     The files belong together, but are moved one by one. So every config.json comes last, the topmost behind the others,
     and until then what stands in its place is refused by `load_json`: a process that is killed leaves the old files, the
-    new ones, or a folder that is not read.
+    new ones, or a folder that is not read. An error leaves the old files. Two processes move their files in turn.
     """
     if not str(folder):
         raise CheckpointError("folder is an empty text: give the folder a name")
@@ -188,17 +274,25 @@ def whole_folder(folder: str | Path) -> Iterator[Path]:
         raise CheckpointError(f"{str(folder)!r} is no name that a folder can have ({error})") from error
     with writing(folder, CheckpointError):
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder, deep=False)
         with TemporaryDirectory(dir=folder, prefix=f"{_UNFINISHED}{os.getpid()}-") as made:
-            new = Path(made)
+            new, old = Path(made) / "new", Path(made) / "old"
+            new.mkdir()
             yield new
-            names = [path.relative_to(new) for path in sorted(new.rglob("*")) if path.is_file()]
-            configs = sorted((name for name in names if name.name == "config.json"), key=lambda name: len(name.parts))
-            for name in configs:
-                if (folder / name).exists():
-                    save_json(_CUT_SHORT, folder / name)
-            for name in [name for name in names if name not in configs] + configs[::-1]:
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                os.replace(new / name, folder / name)
+            with _locked(folder):
+                _move(new, folder, old)
+
+
+@contextmanager
+def unchanged(path: str | Path) -> Iterator[None]:
+    "`CheckpointError` if a file is written anew while the block reads what belongs to it."
+    with reading(path):
+        before = os.stat(path)
+    yield
+    with reading(path):
+        after = os.stat(path)
+    if (before.st_ino, before.st_mtime_ns, before.st_size) != (after.st_ino, after.st_mtime_ns, after.st_size):
+        raise CheckpointError(f"{path} was written anew while the files beside it were read: load it again")
 
 
 # Temporary names of `atomic` and `whole_folder`, with the number of the process, and those of safetensors.
@@ -218,15 +312,28 @@ def _is_running(process: int) -> bool:
     return True
 
 
-def leftovers(folder: str | Path) -> list[Path]:
+def leftovers(
+    folder: str | Path,
+    deep: bool = True,  # False: only there and one level below, and only what carries the number of its process
+) -> list[Path]:
     "Temporary files and folders under `folder` of processes that were killed while they wrote."
     found = []
-    for path in Path(folder).rglob(".*"):
+    for path in Path(folder).rglob(".*") if deep else [*Path(folder).glob(".*"), *Path(folder).glob("*/.*")]:
         named = _TEMPORARY.fullmatch(path.name)
         number = named and (named[1] or named[2])
-        if named and not (number and _is_running(int(number))):
+        if named and (not _is_running(int(number)) if number else deep):
             found.append(path)
     return found
+
+
+def remove_leftovers(folder: str | Path, deep: bool = True) -> None:
+    "Remove what `leftovers` finds; what cannot be removed stays."
+    for path in leftovers(folder, deep):
+        if path.is_dir() and path.name.startswith(_UNFINISHED):
+            shutil.rmtree(path, ignore_errors=True)
+        elif not path.is_dir():
+            with suppress(OSError):
+                path.unlink()
 
 
 # --- Tensors ---
@@ -234,12 +341,21 @@ def leftovers(folder: str | Path) -> list[Path]:
 _CHECKSUM = "checksum"  # entry of a safetensors file's header: of all its tensors together
 
 
+def tensor_checksum(
+    tensor: Tensor,
+    name: str = "",  # in front of the dtype
+    start: int = 0,  # the checksum of what comes before
+) -> int:
+    "A checksum of a tensor's dtype, shape and bytes."
+    total = zlib.crc32(f"{name}{tensor.dtype} {tuple(tensor.shape)}".encode(), start)
+    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
+
+
 def _checksum(tensors: Mapping[str, Tensor]) -> str:
     "A checksum of names, dtypes, shapes and bytes of tensors."
     total = 0
     for name, tensor in sorted(tensors.items()):
-        total = zlib.crc32(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), total)
-        total = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data, total)
+        total = tensor_checksum(tensor, f"{name} ", total)
     return f"{total:08x}"
 
 
@@ -264,8 +380,9 @@ def save_tensors(
 ) -> None:
     """Write named tensors to a safetensors file, whole or not at all.
 
-    With `half` the relative error of a number is at most 2⁻¹¹, and a finite number beyond float16's 65504 raises
-    CheckpointError. So does a file that cannot be written, for instance because the disk is full.
+    With `half` the relative error of a number is at most 2⁻¹¹ from 2⁻¹⁴ on; below, its absolute error is at most 2⁻²⁵,
+    so that the smallest numbers become 0. A finite number beyond float16's 65504 raises CheckpointError. So does a file
+    that cannot be written, for instance because the disk is full.
     """
     kept = {}
     for name, tensor in tensors.items():

@@ -16,9 +16,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from .basics import progress
-from .checkpoints import CLASS, Saved, find_checkpoint
+from .checkpoints import CLASS, Saved, find_checkpoint, plainly
 from .checks import MOST_SEED, check_count, check_number
-from .files import brief, load_json, save_json, whole_folder
+from .files import brief, load_json, save_json, unchanged, whole_folder
 from .conditioning.condition import Condition, Conditioner
 from .conditioning.guidance import Guidance
 from .denoiser.unet import UNet
@@ -230,6 +230,7 @@ class LatentDiffusion(Sampling, Saved):
         "Write config.json and a folder for each part. A save that fails leaves the old files; see `whole_folder`."
         config = {CLASS: "LatentDiffusion", "schedule": self.schedule.config, "size": self.size}
         config |= {"conditional": self.conditioner is not None, "provenance": self.provenance}
+        _entries(config)  # an error for what could not be loaded again
         with whole_folder(folder) as new:
             for name in _LOADERS:
                 if (part := getattr(self, name)) is not None:
@@ -243,6 +244,12 @@ class LatentDiffusion(Sampling, Saved):
     ) -> "LatentDiffusion":
         "The model saved under `name`, on the CPU, ready to sample; `CheckpointError` names a file that does not fit."
         folder = find_checkpoint(name)
+        with plainly(), unchanged(folder / "config.json"):
+            return cls._read(folder)
+
+    @classmethod
+    def _read(cls, folder: Path) -> "LatentDiffusion":
+        "The model in a folder."
         config = _read_config(folder / "config.json")
         conditional = config.pop("conditional")
         wanted = [part for part in _LOADERS if conditional or part != "conditioner"]

@@ -22,7 +22,7 @@ from ldm_edu import (
 )
 from ldm_edu.checkpoints import Part
 from ldm_edu.conditioning.condition import Conditioner, MergedConditioner
-from ldm_edu.errors import CheckpointError
+from ldm_edu.errors import CheckpointError, LDMError
 from ldm_edu.files import load_json, load_tensors, save_tensors
 from ldm_edu.first_stage.autoencoder import FirstStage
 from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage
@@ -457,3 +457,159 @@ def test_a_home_folder_is_meant_where_it_is_written(folders, tmp_path, monkeypat
     IdentityFirstStage().save_pretrained("~/model")
     assert not os.listdir() and (tmp_path / "home/model/config.json").exists()
     assert isinstance(load_first_stage("~/model"), IdentityFirstStage)
+
+
+# ------------------------------------------------ what is saved can be loaded
+
+
+def peak(folder: Path) -> tuple[float, str]:
+    """How many MB of memory loading a part takes in a process of its own, and what was said."""
+    script = """if True:
+        import resource, sys, ldm_edu
+        from ldm_edu.checkpoints import Part
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        try:
+            said = type(Part.from_pretrained(sys.argv[1])).__name__
+        except ldm_edu.CheckpointError as error:
+            said = str(error)
+        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024, said)
+    """
+    done = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True, check=True)
+    memory, _, said = done.stdout.strip().partition(" ")
+    return float(memory), said
+
+
+def test_a_part_where_only_true_or_false_is_wanted_is_not_built(folders, tmp_path):
+    shutil.copytree(folders["kl"], tmp_path / "kl")
+    config = load_json(tmp_path / "kl" / "config.json")
+    bomb = {"class": "UNet", "channels": 2048, "multipliers": [1], "blocks": 1, "attention_factors": []}
+    for name in ("attention", "provenance"):
+        changed = config | {name: bomb | {"head_channels": 2048}}
+        (tmp_path / "kl" / "config.json").write_text(json.dumps(changed))
+        memory, said = peak(tmp_path / "kl")
+        assert memory < 500 and "config" in said, (memory, said)
+    (tmp_path / "kl" / "config.json").write_text(json.dumps(config | {"attention": "no"}))
+    with pytest.raises(CheckpointError, match="`attention` should be true or false, not 'no'"):
+        AutoencoderKL.from_pretrained(tmp_path / "kl")
+
+
+class OwnMask(Part):
+    def __init__(self, n: int = 3):
+        super().__init__()
+        self.inner = torch.nn.Linear(n, n)
+        self.register_buffer("mask", torch.full((n, n), float("-inf")).triu(1))
+
+
+def test_a_buffer_may_hold_infinity_but_no_nan(tmp_path):
+    part = OwnMask()
+    part.save_pretrained(tmp_path)
+    assert OwnMask.from_pretrained(tmp_path).mask.isinf().sum() == 3
+    part.mask.fill_(float("nan"))
+    with pytest.raises(CheckpointError, match="'mask' holds numbers that are not finite"):
+        part.save_pretrained(tmp_path)
+
+
+def test_weights_that_could_not_be_loaded_replace_no_good_ones(tmp_path):
+    good = first_stage()
+    good.save_pretrained(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    bad, unscaled = first_stage(), first_stage()
+    torch.nn.init.constant_(next(bad.parameters()), float("nan"))
+    unscaled.scale_factor = 0.0
+    for stage, said in ((bad, "not finite"), (unscaled, "scale_factor")):
+        with pytest.raises(CheckpointError, match=f"AutoencoderKL could not be loaded again: .*{said}"):
+            stage.save_pretrained(tmp_path)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+class OwnNote(Part):
+    def __init__(self, n: int = 2):
+        super().__init__()
+        self.inner = torch.nn.Linear(n, n)
+
+    @property
+    def config(self):
+        return {"n": 2, "note": "hello"}
+
+
+class OwnState(OwnNote):
+    config = Part.config
+
+    def get_extra_state(self):
+        return {"a": 1}
+
+
+class OwnLazy(Part):
+    def __init__(self, n: int = 2):
+        super().__init__()
+        self.inner = torch.nn.LazyLinear(n)
+
+
+class OwnDeep(Part):
+    def __init__(self, a: tuple = ()):
+        super().__init__()
+
+
+def deep(depth: int) -> tuple:
+    value = ()
+    for _ in range(depth):
+        value = (value,)
+    return value
+
+
+@pytest.mark.parametrize(
+    "make, said",
+    [
+        (OwnNote, "has no argument note"),
+        (OwnState, "'_extra_state' is a dict, but only tensors can be saved"),
+        (OwnLazy, "'inner.weight' has no shape yet: call the module once"),
+        (lambda: OwnDeep(deep(3000)), "`a` cannot be written as JSON: it is nested too deeply"),
+    ],
+)
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, make, said):
+    with pytest.raises(CheckpointError, match=said):
+        make().save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_provenance_that_is_no_dict_is_not_saved(model):
+    whole = LatentDiffusion.from_pretrained(model)
+    whole.provenance = [1]  # type: ignore[assignment]
+    with pytest.raises(LDMError, match=r"^provenance=\[1\] should be an object"):
+        whole.save_pretrained(model)
+    assert LatentDiffusion.from_pretrained(model).provenance == {}
+
+
+def test_a_list_that_is_changed_after_a_part_was_made_from_it_is_saved_as_it_was(tmp_path):
+    words = ["red", "ball"]
+    conditioner = TextConditioner(words, 4, 32, 1, 2)
+    words.append("blue")
+    conditioner.save_pretrained(tmp_path)
+    assert list(TextConditioner.from_pretrained(tmp_path).config["vocabulary"]) == ["red", "ball"]
+
+
+def test_numbers_too_large_for_the_weights_are_not_loaded_as_infinity(folders, tmp_path):
+    folder = spoil(folders["unet"], tmp_path / "unet", lambda x: torch.full_like(x, 1e300, dtype=torch.float64))
+    with pytest.raises(CheckpointError, match="holds numbers that are too large for torch.float32"):
+        UNet.from_pretrained(folder)
+
+
+def test_what_is_loaded_does_not_depend_on_what_the_caller_has_set(folders):
+    def check() -> None:
+        whole = LatentDiffusion.from_pretrained(folders["whole"])
+        for weight in whole.parameters():
+            assert weight.dtype == torch.float32 and weight.device.type == "cpu" and not weight.is_inference()
+            assert weight.requires_grad or weight.sum().isfinite()
+        for table in [value for value in vars(whole.schedule).values() if isinstance(value, torch.Tensor)]:
+            assert table.device.type == "cpu" and not table.is_inference()
+
+    with torch.device("meta"):
+        check()
+    with torch.inference_mode():
+        check()
+    torch.set_default_dtype(torch.float64)
+    try:
+        check()
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -7,12 +7,15 @@ import stat
 import struct
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
-from ldm_edu import AutoencoderKL, LatentDiffusion, NoiseSchedule, UNet, files, load_first_stage
+from ldm_edu import AutoencoderKL, LatentDiffusion, NoiseSchedule, TextConditioner, UNet, files, load_first_stage
 from ldm_edu.errors import CheckpointError, LDMError
 from ldm_edu.files import (
     atomic,
@@ -367,3 +370,108 @@ def test_names_that_no_folder_can_have(name, said, tmp_path, monkeypatch):
     with pytest.raises(LDMError, match=said), whole_folder(name):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("what", ["another file system", "a file", "a folder", "the disk"])
+def test_a_save_that_is_refused_leaves_the_old_model(old_model, tmp_path, monkeypatch, what):
+    new, replace = renewed(old_model), os.replace
+    before = {path: path.read_bytes() for path in files_in(old_model)}
+    with monkeypatch.context() as patched:
+        if what == "another file system":
+            stat, unet = Path.stat, old_model / "unet"
+            there = stat(unet)
+            other = os.stat_result((*there[:2], there.st_dev + 1, *there[3:]))
+            patched.setattr(Path, "stat", lambda path, **how: other if path == unet else stat(path, **how))
+        elif what == "a file":
+            new.conditioner = TextConditioner(["red"], 4, 32, 1, 2)
+            (old_model / "conditioner").write_text("notes of mine")
+        elif what == "a folder":
+            new.conditioner = TextConditioner(["red"], 4, 32, 1, 2)
+            (old_model / "conditioner" / "model.safetensors").mkdir(parents=True)
+        else:
+
+            def refuse(old, path):
+                if Path(path) == old_model / "unet" / "model.safetensors" and "/new/" in str(old):
+                    raise OSError(errno.EIO, "broken")
+                replace(old, path)
+
+            patched.setattr(os, "replace", refuse)
+        with pytest.raises(CheckpointError, match="cannot be written"):
+            new.save_pretrained(old_model)
+    assert {path: path.read_bytes() for path in before} == before
+    assert age(LatentDiffusion.from_pretrained(old_model).unet) == "old"
+
+
+def test_a_save_sweeps_what_a_killed_one_left_and_leaves_no_lock(old_model):
+    dead, alive = old_model / ".unfinished-999999999-abc", old_model / f".unfinished-{os.getpid()}-abc"
+    for folder in (dead, alive):
+        (folder / "unet").mkdir(parents=True)
+        (folder / ".tmpabcdef").write_text("of safetensors")
+    (old_model / "unet" / ".config.json.999999999-a1b2c3").write_text("")
+    renewed(old_model).save_pretrained(old_model)
+    assert not dead.exists() and (alive / ".tmpabcdef").exists()
+    hidden = [path.name for path in old_model.rglob(".*") if alive not in path.parents]
+    assert hidden == [alive.name]
+
+
+def test_two_saves_into_one_folder_move_their_files_in_turn(old_model, monkeypatch):
+    new, old, moving = renewed(old_model), LatentDiffusion.from_pretrained(old_model), []
+    move = files._move
+
+    def watched(*args):
+        moving.append("in")
+        time.sleep(0.2)
+        move(*args)
+        moving.append("out")
+
+    threads = [threading.Thread(target=model.unet.save_pretrained, args=[old_model / "unet"]) for model in (new, old)]
+    monkeypatch.setattr(files, "_move", watched)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert moving == ["in", "out", "in", "out"]
+
+
+def test_a_folder_where_no_file_can_be_locked_is_saved_to_all_the_same(old_model, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr(files.FileLock, "acquire", refuse)
+    renewed(old_model).save_pretrained(old_model)
+    assert age(LatentDiffusion.from_pretrained(old_model).unet) == "new"
+
+
+def test_a_model_that_is_saved_anew_while_it_is_loaded_is_refused(old_model, monkeypatch):
+    new, load = renewed(old_model), load_tensors
+
+    def save_then_load(path):
+        tensors = load(path)
+        with monkeypatch.context() as patched:
+            patched.setattr("ldm_edu.checkpoints.load_tensors", load)
+            (new if saved == "whole" else new.unet).save_pretrained(old_model / ("" if saved == "whole" else "unet"))
+        return tensors
+
+    for saved in ("whole", "unet"):
+        with monkeypatch.context() as patched:
+            patched.setattr("ldm_edu.checkpoints.load_tensors", save_then_load)
+            with pytest.raises(CheckpointError, match="config.json was written anew while .* load it again"):
+                (LatentDiffusion if saved == "whole" else UNet).from_pretrained(
+                    old_model / ("" if saved == "whole" else "unet")
+                )
+
+
+def test_a_full_disk_is_said_as_such_when_safetensors_meets_it(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(files, "save_file", refuse)
+    with pytest.raises(CheckpointError, match="cannot be written: the disk is full: make room"):
+        save_tensors({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+
+
+def test_half_keeps_what_its_description_promises(tmp_path):
+    x = torch.tensor([1.0, -0.1, 3e4, 6.2e-5, 1e-5, 7e-8, 3e-8, 2e-8, 1e-12], dtype=torch.float64)
+    save_tensors({"x": x}, tmp_path / "x.safetensors", half=True)
+    wrong = (load_tensors(tmp_path / "x.safetensors")["x"].double() - x).abs()
+    assert (wrong <= (x.abs() * 2**-11).clamp_min(2**-25)).all() and (wrong > x.abs() * 2**-11).any()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_edu.files import load_notes, load_tensors, parse_json, save_tensors
+from ldm_edu.files import load_notes, load_tensors, parse_json, save_tensors, tensor_checksum
 from ldm_edu.data.batches import RAGGED_KEYS
 from ldm_edu.display import to_uint8
 from ldm_edu.errors import DataError
@@ -23,12 +23,6 @@ from ldm_edu.errors import DataError
 __all__: list[str] = []
 
 BROKEN = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)  # what a broken file may raise
-
-
-def _checksum(tensor: Tensor) -> int:
-    "A checksum of a tensor's dtype, shape and bytes."
-    start = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    return zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, start)
 
 
 _TOLERANCE = 1 / 255  # how far an image may lie outside of [-1, 1]: no more than bytes change it by anyway
@@ -86,7 +80,7 @@ def write_block(
     path: Path,
 ) -> int:  # a checksum of everything
     "Write the tensors of a block to a file, whole or not at all."
-    sums = json.dumps({name: _checksum(tensor) for name, tensor in tensors.items()})
+    sums = json.dumps({name: tensor_checksum(tensor) for name, tensor in tensors.items()})
     save_tensors(tensors, path, notes={"sums": sums}, checksum=False)
     return zlib.crc32(sums.encode())
 
@@ -114,7 +108,7 @@ class Block:
     def _column(self, key: str) -> Any:
         "What the samples have under a key: stacked, or a list of tensors or JSON texts; its checksum is compared."
         names = {name.partition(":")[0]: name for name in self._sums if name.partition(":")[2] == key}
-        if wrong := [name for name in names.values() if _checksum(self._tensors[name]) != self._sums[name]]:
+        if wrong := [name for name in names.values() if tensor_checksum(self._tensors[name]) != self._sums[name]]:
             raise ValueError(f"{wrong[0]} has another checksum")
         parts = {form: self._tensors[name] for form, name in names.items()}
         if "stack" in parts:

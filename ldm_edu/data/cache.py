@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm_edu.basics import progress
-from ldm_edu.files import brief, leftovers, parse_json, place, read_json, save_json
+from ldm_edu.files import brief, parse_json, place, read_json, remove_leftovers, save_json
 from ldm_edu.data.batches import SampleDataset, _check_keys, collate, data_count
 from ldm_edu.data.blocks import BROKEN, Block, pack, write_block
 from ldm_edu.data.images import from_uint8
@@ -107,8 +107,7 @@ def _is_complete(state: _State) -> bool:
 
 def _fill(dataset: SampleDataset, folder: Path, state: _State, word: str) -> None:
     "Write the samples that are still lacking, block by block, and say so in the state after each."
-    for path in filter(Path.is_file, leftovers(folder)):
-        path.unlink(missing_ok=True)
+    remove_leftovers(folder)
     n, block = state["dataset"]["samples"], state["block"]
     # The toy data sets draw several samples together faster than one by one.
     get_samples = getattr(dataset, "__getitems__", lambda indices: [dataset[i] for i in indices])

@@ -55,8 +55,8 @@ from ldm_edu.basics import progress
 from ldm_edu.data.coco import COCO_FOLDERS
 from ldm_edu.data.folders import name_bytes, split_by_name
 from ldm_edu.errors import DownloadError, LDMError
-from ldm_edu.files import BROKEN_NAME, appending, brief, copy_whole, folder_for, leftovers, load_json, parse_json
-from ldm_edu.files import printable, read_json, reading, save_json, write_bytes, write_text, writing
+from ldm_edu.files import BROKEN_NAME, appending, brief, copy_whole, folder_for, load_json, parse_json
+from ldm_edu.files import printable, read_json, reading, remove_leftovers, save_json, write_bytes, write_text, writing
 
 __all__ = ["fetch", "unpack", "download_celeba", "download_coco"]
 
@@ -480,9 +480,8 @@ def unpack(
         parents = {(folder / member.filename).parent for member in todo} | {folder}
         for parent in sorted(parents):
             folder_for(parent / "file", DownloadError)
-        with writing(folder, DownloadError):
-            for path in filter(Path.is_file, leftovers(folder) if todo else ()):
-                path.unlink(missing_ok=True)
+        if todo:
+            remove_leftovers(folder)
         _check_room(folder, sum(member.file_size for member in todo))
         for member in progress(todo, f"unpacking {archive.name}"):
             path = folder / member.filename

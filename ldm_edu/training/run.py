@@ -6,7 +6,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import signal
 import threading
 import warnings
@@ -29,11 +28,11 @@ from ldm_edu.basics import pick_device, pick_dtype
 from ldm_edu.checks import check_count, check_number, shown
 from ldm_edu.errors import CheckpointError, LDMError
 from ldm_edu.files import (
+    NO_LOCKS,
     appending,
     atomic,
     brief,
     folder_for,
-    leftovers,
     load_json,
     load_notes,
     parse_json,
@@ -41,6 +40,7 @@ from ldm_edu.files import (
     probe,
     reading,
     reason,
+    remove_leftovers,
     save_json,
     write_text,
     writing,
@@ -470,10 +470,6 @@ def check_places(folder: Path, options: RunOptions) -> None:
     folder_for(Path(options.cache_dir or folder / "cache") / "any")  # a full cache need not be written to
 
 
-# Errors of file systems that have no locks: some network drives.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP)
-
-
 def lock_run(folder: Path) -> BaseFileLock | None:
     "The lock on a run's folder, taken; `LDMError` where another process has it. None where no file can be locked."
     lock = FileLock(folder / ".lock")
@@ -491,15 +487,6 @@ def lock_run(folder: Path) -> BaseFileLock | None:
         )
         return None
     return lock
-
-
-def sweep_leftovers(folder: Path) -> None:
-    "Remove the temporary files of a save in which the run was killed."
-    for path in leftovers(folder):
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
 
 
 def write_recipe(folder: Path, recipe: AnyRecipe) -> None:
@@ -521,7 +508,7 @@ def claim_folder(folder: Path, recipe: AnyRecipe, options: RunOptions, precision
     lock = lock_run(folder)
     try:
         if options.resume:
-            sweep_leftovers(folder)
+            remove_leftovers(folder)
         write_recipe(folder, recipe)
         save_json({"precision": precision}, folder / "run.json")
     except BaseException:
