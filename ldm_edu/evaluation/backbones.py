@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm_edu.checkpoints import check_fit
+from ldm_edu.checkpoints import check_fit, plainly
 from ldm_edu.errors import CheckpointError, LDMError
 from ldm_edu.files import brief, load_tensors, reading
 
@@ -65,6 +65,7 @@ def _known(net: str) -> str:
     return net
 
 
+@plainly()
 def linear_weights(
     net: str,  # one of BACKBONES
 ) -> list[Float[Tensor, "_"]]:
@@ -83,7 +84,7 @@ def linear_weights(
         found = [tensors[f"lin{i}.model.1.weight"] for i in range(len(BACKBONES[net].taps))]
         for weight, tap in zip(found, BACKBONES[net].taps):
             shape, wanted = tuple(weight.shape), (1, cast(nn.Conv2d, layers[tap - 1]).out_channels, 1, 1)
-            if shape != wanted or not weight.is_floating_point() or not weight.isfinite().all():
+            if shape != wanted or not weight.is_floating_point() or not weight.float().isfinite().all():
                 raise LDMError(f"{shape} should be {wanted}, of finite numbers")
     except Exception as error:  # a damaged pickle can raise anything
         told = f"{path} does not hold the channel weights of LPIPS ({brief(error)}): install lpips again"
@@ -134,6 +135,7 @@ def backbone_weights(
         raise _not_found(net, weights_dir, error) from error
 
 
+@plainly()
 def load_backbone(
     net: str,  # one of BACKBONES
     weights_dir: str | Path | None = None,  # the folder that may hold its file

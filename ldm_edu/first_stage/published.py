@@ -8,6 +8,8 @@ __all__ = ['to_diffusers', 'from_diffusers', 'from_released', 'load_published', 
 # %% ../../nbs/workshop/published_weights.ipynb #6ddaa377
 import math
 import os
+import pickle
+import pickletools
 import re
 import warnings
 import zipfile
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoints import check_fit
+from ..checkpoints import check_fit, plainly
 from ..checks import check_count, check_number
 from ..files import brief, load_json, load_tensors, reading, save_json, save_tensors, whole_folder
 from ..errors import CheckpointError, LDMError
@@ -208,6 +210,34 @@ def _stand_ins(path: Path) -> list[Any]:
     split = [name.rpartition(".") for name in asked if name in THEIR_NOTES or name.split(".")[0] in LIBRARIES]
     return [type(name, (StandIn,), {"__module__": module}) for module, _, name in split]
 
+# %% ../../nbs/workshop/published_weights.ipynb #3d5c0b7e
+_FILLS = ("builtins bytearray", "__builtin__ bytearray")  # torch lets a pickle call these with a number of bytes
+
+
+def _check_calls(
+    file: Any,  # open for reading bytes
+    count: int,
+) -> None:
+    "UnpicklingError where one of `count` pickles in a file, one behind the other, asks for what a number makes large."
+    for _ in range(count):
+        for _, name, _ in pickletools.genops(file):
+            if name in _FILLS:
+                raise pickle.UnpicklingError(f"GLOBAL {name.replace(' ', '.')}")
+        if not file.read(1):
+            return
+        file.seek(-1, os.SEEK_CUR)
+
+
+def _check_archive(path: Path, size: int) -> None:
+    "ValueError where a zip file holds more than its size, and UnpicklingError as for `_check_calls`."
+    with zipfile.ZipFile(path) as archive:
+        if sum(member.file_size for member in archive.infolist()) > size:
+            raise ValueError("its members are compressed, which torch.save does not do")
+        for member in archive.infolist():
+            if member.filename.endswith("data.pkl"):
+                with archive.open(member) as file:
+                    _check_calls(file, 1)
+
 # %% ../../nbs/workshop/published_weights.ipynb #5e0c7a91
 def _why_not(error: Exception) -> str:
     "An explanation of an error that torch.load has raised."
@@ -228,9 +258,10 @@ def _read_pickle(path: Path) -> Any:
         size, is_zip = os.fstat(file.fileno()).st_size, zipfile.is_zipfile(file)
     try:
         if is_zip:
-            with zipfile.ZipFile(path) as archive:
-                if sum(member.file_size for member in archive.infolist()) > size:
-                    raise ValueError("its members are compressed, which torch.save does not do")
+            _check_archive(path, size)
+        else:
+            with open(path, "rb") as file:
+                _check_calls(file, 4)  # three numbers of the old format come before what was saved
         with torch.serialization.safe_globals(_stand_ins(path)):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged pickle can raise anything
@@ -284,12 +315,13 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     "The tensors of all files that an index of diffusers names, which lie beside it."
     places = load_json(index).get("weight_map")
     places = places if isinstance(places, dict) else {}
-    files = sorted({str(place) for place in places.values()})
-    if not files or any(Path(file).name != file or Path(file).suffix == ".json" for file in files):
+    wrong = [file for file in places.values() if not isinstance(file, str) or not file or Path(file).name != file]
+    if not places or wrong or any(Path(file).suffix == ".json" for file in places.values()):
         raise CheckpointError(f"{index} should say in 'weight_map' which file beside it has which tensor")
     found: dict[str, Tensor] = {}
-    for file in files:
-        found |= read_tensors(index.with_name(file))
+    for file in sorted(set(places.values())):
+        tensors = read_tensors(index.with_name(file))
+        found |= {name: x for name, x in tensors.items() if places.get(name) == file}
     if lacking := [name for name in places if name not in found]:
         raise CheckpointError(f"{index} promises '{lacking[0]}', but {places[lacking[0]]} does not hold it")
     return found
@@ -367,6 +399,7 @@ def _scale_and_groups(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) 
     return float(check_number("scale_factor", tensors["scale_factor"].tolist(), above=0)), groups  # measured
 
 # %% ../../nbs/workshop/published_weights.ipynb #0b5004d8
+@plainly()
 def load_published(
     path: str | Path,  # a .safetensors file, a pickle (.ckpt, .pt, .pth, .bin), or a folder that diffusers wrote
     scale_factor: float | None = None,  # KL; None: as the folder says, else 1; for Stable Diffusion's file give 0.18215
@@ -389,6 +422,8 @@ def load_published(
             if scale_factor not in (None, 1):
                 raise LDMError(f"scale_factor={scale_factor}: the latents of a codebook are not rescaled, leave it out")
             return build(ours, **chosen, legacy=legacy)
+        if legacy:
+            raise LDMError("legacy: only a codebook has a commitment, and this is a KL first stage: leave it out")
         scale = scale if scale_factor is None else scale_factor
         first_stage = build(ours, **chosen, scale_factor=1.0 if scale is None else scale)
     except (LDMError, RuntimeError) as error:  # RuntimeError: of torch, for sizes that no tensor can have

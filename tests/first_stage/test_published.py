@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from ldm_edu.errors import CheckpointError, LDMError
-from ldm_edu.files import save_json, save_tensors
+from ldm_edu.files import load_tensors, save_json, save_tensors
 from ldm_edu.first_stage import published
 from ldm_edu.first_stage.autoencoder import AutoencoderKL
 from ldm_edu.first_stage.published import (
@@ -392,6 +392,58 @@ def test_legacy_is_kept_for_a_codebook(tmp_path):
     assert load_published(tmp_path, legacy=True).quantize.legacy and not load_published(tmp_path).quantize.legacy
     with pytest.raises(CheckpointError, match=r"scale_factor=0\.18215.*not rescaled"):
         load_published(tmp_path, scale_factor=0.18215)
+
+
+def test_legacy_is_refused_where_there_is_no_codebook(tmp_path, small):
+    save_diffusers(small, tmp_path)
+    with pytest.raises(CheckpointError, match="legacy: only a codebook has a commitment"):
+        load_published(tmp_path, legacy=True)
+
+
+def test_each_name_is_read_from_the_file_that_the_index_names_for_it(tmp_path, small):
+    save_diffusers(small, tmp_path)
+    (tmp_path / FILES[0]).unlink()
+    tensors = to_diffusers(small.state_dict())
+    sharded(tmp_path, tensors, ".safetensors", "safetensors.index.json")
+    for i in range(3):
+        file = tmp_path / f"diffusion_pytorch_model-0000{i + 1}-of-00003.safetensors"
+        others = {name: torch.zeros_like(x) for name, x in tensors.items()}
+        save_tensors(others | load_tensors(file) | {"more": torch.ones(1)}, file)
+    loaded = load_published(tmp_path)
+    assert all(torch.equal(x, loaded.state_dict()[name]) for name, x in small.state_dict().items())
+
+
+def test_numbers_beyond_float32_are_refused(tmp_path, small):
+    tensors = {name: x.double() for name, x in small.state_dict().items()}
+    tensors["decoder.conv_in.weight"] *= 1e300
+    torch.save(tensors, tmp_path / "x.pt")
+    with pytest.raises(CheckpointError, match="'decoder.conv_in.weight' holds numbers that are too large"):
+        load_published(tmp_path / "x.pt", 1.0, groups=4)
+
+
+def test_a_published_first_stage_can_be_trained_whatever_the_caller_has_set(tmp_path, small):
+    torch.save(small.state_dict(), tmp_path / "x.pt")
+    for surroundings in (torch.device("meta"), torch.inference_mode()):
+        with surroundings:
+            loaded = load_published(tmp_path / "x.pt", 1.0, groups=4)
+        assert all(x.device.type == "cpu" and not x.is_inference() for x in loaded.parameters())
+
+
+@pytest.mark.parametrize("module", ["builtins", "__builtin__"])
+@pytest.mark.parametrize("form", ["archive", "plain", "old format"])
+def test_a_pickle_that_makes_bytes_by_their_number_is_refused_before_it_is_followed(tmp_path, form, module):
+    number = (6 * 10**9).to_bytes(8, "little")
+    program = b"\x80\x02c" + module.encode() + b"\nbytearray\n\x8a\x08" + number + b"\x85R."
+    if form == "archive":
+        with zipfile.ZipFile(tmp_path / "x.ckpt", "w") as archive:
+            for name, content in {"data.pkl": program, "version": b"3\n", "byteorder": b"little"}.items():
+                archive.writestr(f"archive/{name}", content)
+    else:
+        before = [pickle.dumps(each, 2) for each in (0x1950A86A20F9469CFC6C, 1001, {"little_endian": True})]
+        (tmp_path / "x.ckpt").write_bytes(b"".join(before * (form == "old format")) + program)
+    assert "x.ckpt is refused: beside tensors this pickle asks for" in read_alone([tmp_path / "x.ckpt"])
+    with pytest.raises(CheckpointError, match="asks for .*bytearray, and a pickle that may build"):
+        load_published(tmp_path / "x.ckpt")
 
 
 # what is refused
@@ -972,7 +1024,16 @@ def test_an_index_that_leads_astray(tmp_path, small):
     save_diffusers(small, tmp_path)
     (tmp_path / FILES[0]).rename(tmp_path / "elsewhere.safetensors")
     index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
-    for places in (None, {}, [1], {"a": 3}, {"a": "../x.safetensors"}, {"a": "/x.safetensors"}, {"a": index.name}):
+    for places in (
+        None,
+        {},
+        [1],
+        {"a": 3},
+        {"a": "../x.safetensors"},
+        {"a": "/x.safetensors"},
+        {"a": index.name},
+        {"a": ""},
+    ):
         save_json({"weight_map": places}, index)
         with pytest.raises(CheckpointError, match="index.json should say in 'weight_map'|ends in|is missing"):
             load_published(tmp_path)
