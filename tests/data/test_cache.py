@@ -164,8 +164,8 @@ def test_who_changes_a_sample_or_batch_does_not_change_the_cache(tmp_path):
 
 def test_only_what_is_asked_for_is_read(tmp_path, monkeypatch):
     cached(ToyCOCO(size=8, length=30, keys=ToyCOCO.known_keys), tmp_path, block=10)
-    cache, read, checksum = SampleCache(tmp_path), [], blocks._checksum
-    monkeypatch.setattr(blocks, "_checksum", lambda tensor: read.append(tensor.dtype) or checksum(tensor))
+    cache, read, checksum = SampleCache(tmp_path), [], blocks.tensor_checksum
+    monkeypatch.setattr(blocks, "tensor_checksum", lambda tensor: read.append(tensor.dtype) or checksum(tensor))
     assert len(cache.column("captions")) == 30 and set(read) == {torch.uint8, torch.int64}  # texts, and their lengths
     read.clear()
     assert cache.batch([3, 4, 25], ("depth",)).keys() == {"depth"} and read == [torch.float32] * 2  # two blocks

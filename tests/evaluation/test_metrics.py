@@ -623,3 +623,16 @@ def test_bytes_as_floats_are_refused(metric, side, alex):
 def test_pictures_without_pixels_are_refused(shape):
     with pytest.raises(LDMError, match="with pixels"):
         psnr(torch.zeros(shape), torch.zeros(shape))
+
+
+def test_a_backbone_is_loaded_as_it_is_whatever_the_caller_has_set(tmp_path, monkeypatch):
+    weights = {f"features.{name}": x for name, x in backbones._alexnet().state_dict().items()}
+    name = next(iter(weights))
+    monkeypatch.setattr(backbones, "backbone_weights", lambda *_: weights)
+    for surroundings in (torch.device("meta"), torch.inference_mode()):
+        with surroundings:
+            loaded = backbones.load_backbone("alex")
+        assert all(x.device.type == "cpu" and not x.is_inference() for x in loaded.parameters())
+    weights[name] = torch.full_like(weights[name], 1e300, dtype=torch.float64)
+    with pytest.raises(CheckpointError, match="too large for torch.float32"):
+        backbones.load_backbone("alex")
