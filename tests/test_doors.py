@@ -176,7 +176,7 @@ def test_punctuation_between_words_and_the_empty_prompt_are_heard():
 
 @pytest.mark.parametrize("prompts", [[None], [3], ["red", None], [["red"]]])
 def test_a_prompt_that_is_no_text_is_refused(prompts):
-    with pytest.raises(REFUSED, match="a prompt should be a text|prompts|caption"):
+    with pytest.raises(REFUSED, match="prompt|caption"):
         small_model().sample(prompts, steps=1)
 
 
