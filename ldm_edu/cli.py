@@ -194,8 +194,8 @@ def _png(out: Path) -> Path:
     return probe(out)
 
 
-# More than anybody needs; with more than that memory would end, not the option be refused.
-_MOST_IMAGES, _MOST_SIZE, _MOST_SCALE = 10_000, 2048, 1000.0
+# Upper limits. Beyond the first two, memory would run out before anything could be refused.
+_MOST_IMAGES, _MOST_SIZE, _MOST_SCALE = 10_000, 2048, 1e4
 _MOST_NUMBERS = 2**30  # of all images that are held at once: 4 GiB
 _FRESH_SPLITS = ("validation", "test", "unseen_pairs")  # those that nothing is trained on
 
