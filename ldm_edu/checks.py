@@ -124,6 +124,11 @@ def known_range(value: Tensor) -> tuple[float | int, float | int] | None:
     return least.item(), most.item()
 
 
+def is_finite(value: Tensor) -> bool:
+    "Are all values finite, as far as they are known? See `known_range`."
+    return all(map(math.isfinite, known_range(value) or ()))
+
+
 def check_map(
     name: str,  # of the argument
     value: Any,

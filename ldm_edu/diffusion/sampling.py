@@ -7,14 +7,13 @@ __all__ = ['SAMPLERS', 'Step', 'last', 'timesteps', 'amplitudes', 'posterior', '
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #d5abad1c
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from math import isfinite
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ..checks import check_count, check_like, check_number, check_seed, check_tensor, known_range
+from ..checks import check_count, check_like, check_number, check_seed, check_tensor, is_finite
 from .schedule import NoiseSchedule
 from ..errors import LDMError
 
@@ -118,7 +117,7 @@ def _walk(
 def _check_start(x_T: Tensor, noise: SeededNoise | None) -> None:
     "LDMError where the start is no batch of numbers (on the CPU: finite ones), or where it has not one seed a sample."
     check_tensor("x_T", x_T, ("b", "..."))
-    if not all(map(isfinite, known_range(x_T) or ())):
+    if not is_finite(x_T):
         raise LDMError("x_T holds numbers that are not finite, but should be standard normal noise")
     if noise is not None and len(noise) != len(x_T):
         raise LDMError(f"noise has {len(noise)} seeds for {len(x_T)} samples: one for each is needed")

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ldm_edu.checkpoints import check_fit, plainly
+from ldm_edu.checks import is_finite
 from ldm_edu.errors import CheckpointError, LDMError
 from ldm_edu.files import brief, load_tensors, reading
 
@@ -84,7 +85,7 @@ def linear_weights(
         found = [tensors[f"lin{i}.model.1.weight"] for i in range(len(BACKBONES[net].taps))]
         for weight, tap in zip(found, BACKBONES[net].taps):
             shape, wanted = tuple(weight.shape), (1, cast(nn.Conv2d, layers[tap - 1]).out_channels, 1, 1)
-            if shape != wanted or not weight.is_floating_point() or not weight.float().isfinite().all():
+            if shape != wanted or not weight.is_floating_point() or not is_finite(weight.float()):
                 raise LDMError(f"{shape} should be {wanted}, of finite numbers")
     except Exception as error:  # a damaged pickle can raise anything
         told = f"{path} does not hold the channel weights of LPIPS ({brief(error)}): install lpips again"
