@@ -75,7 +75,7 @@ def test_environment_over_file_over_defaults(ini, tmp_path):
         ("[ldm_edu]\nseed\n", "ini file"),
         ("[ldm_edu]\nseed = 1\nseed = 2\n", "ini file"),
         ("[ldm_edu\nseed = 1\n", "ini file"),
-        (b"[ldm_edu]\nprofile = \xff\xfe\n", "ini file"),
+        (b"[ldm_edu]\nprofile = \xff\xfe\n", "not text in UTF-8"),
         ("[ldm_edu]\nprofile = labtop\n", "ci, laptop, gpu"),
         ("[ldm_edu]\ndataset = Toy\n", "toy, celeba, coco"),
         ("[ldm_edu]\ndevice = gpu\n", "auto, cuda, mps, cpu"),
@@ -119,10 +119,10 @@ def test_a_faulty_file_is_one_line(ini, text):
 
 def test_a_folder_or_a_loop_in_the_place_of_the_file_is_reported(tmp_path):
     (tmp_path / "a" / "settings.ini").mkdir(parents=True)
-    with pytest.raises(LDMError, match=r"settings.ini cannot be read as an ini file: .* a folder stands in its place"):
+    with pytest.raises(LDMError, match=r"settings.ini cannot be read: a folder stands in its place"):
         load_settings(tmp_path / "a", env={})
     (tmp_path / "settings.ini").symlink_to("settings.ini")
-    with pytest.raises(LDMError, match=r"settings.ini cannot be read as an ini file: .* a link leads back to itself"):
+    with pytest.raises(LDMError, match=r"settings.ini cannot be read: a link leads back to itself"):
         load_settings(tmp_path, env={})
 
 

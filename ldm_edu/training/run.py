@@ -179,9 +179,10 @@ def make_accelerator(
 def settings_of_the_run(accelerator: RunAccelerator) -> Iterator[None]:
     "Gradients are on and the caller's autocast is off: the run decides the number format, and accelerate sees to it."
     kind = accelerator.device.type
-    with torch.enable_grad():
-        with torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext():
-            yield
+    is_on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # Without a cache: weights that an inner autocast has cast would be kept as they were until the outer one ends.
+    with torch.enable_grad(), torch.autocast(kind, enabled=False, cache_enabled=False) if is_on else nullcontext():
+        yield
 
 
 # A run and its log ---------------------------------------------------------------------------------------------------

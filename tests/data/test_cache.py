@@ -403,7 +403,7 @@ def test_a_file_that_may_not_grow_is_told_and_survived(tmp_path):
     _, most = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, most))
     try:
-        with pytest.raises(DataError, match=f"{tmp_path.name}.*too large.*room"):
+        with pytest.raises(DataError, match=f"{tmp_path.name}.*larger than a file may be.*another folder"):
             cached(Listed(samples), tmp_path, block=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))

@@ -461,6 +461,14 @@ def test_a_run_in_fp32_stays_in_fp32_inside_autocast_and_trains_inside_no_grad(t
     assert type(plain) is type(inside)
 
 
+def test_a_run_in_bf16_has_the_same_weights_inside_autocast(tmp_path):
+    """An autocast that stays open would go on with the weights of the first step."""
+    train_tiny(tmp_path / "alone", precision="bf16")
+    with torch.autocast("cpu", torch.bfloat16):
+        train_tiny(tmp_path / "inside", precision="bf16")
+    assert not differences(weights(tmp_path / "alone"), weights(tmp_path / "inside"))
+
+
 def test_inference_mode_is_refused_before_anything_is_written(tmp_path):
     with torch.inference_mode(), pytest.raises(LDMError, match="train outside of it"):
         train_tiny(tmp_path / "run", tiny(2))
