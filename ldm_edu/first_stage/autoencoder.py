@@ -260,7 +260,7 @@ class Halves(Part, nn.Module):
         return self.decoder.decode_local(h)
 
     def check_input(self, x: Float[Tensor, "b 3 h w"]) -> None:
-        "`LDMError` where `x` is no batch of images in [−1, 1], or where height or width is no multiple of f."
+        "`LDMError` where `x` is no batch of images (see `check_images`), or where height or width is no multiple of f."
         height, width = check_images("x", x).shape[-2:]
         if height % self.f or width % self.f:
             raise LDMError(f"x: {height}×{width} pixels, but height and width must be multiples of f = {self.f}")
