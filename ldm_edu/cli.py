@@ -33,9 +33,9 @@ from ldm_edu.data.registry import open_dataset
 from ldm_edu.display import grid, new_figure, save, to_pil
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.features import ToyFeatures
-from ldm_edu.evaluation.judge import SceneReader, reader_accuracy
+from ldm_edu.evaluation.judge import PromptAccuracy, SceneReader, reader_accuracy
 from ldm_edu.evaluation.metrics import LPIPS
-from ldm_edu.evaluation.prompts import captions_of, choose_scale, score_prompts
+from ldm_edu.evaluation.prompts import captions_of, choose_scale, diversity, score_prompts, score_reconstructions
 from ldm_edu.evaluation.reconstruction import score_first_stage
 from ldm_edu.files import atomic, brief, load_json, place, printable, probe, reason, save_json, writing
 from ldm_edu.first_stage.quantization import load_first_stage
@@ -362,43 +362,74 @@ def _write_scores(folder: Path, scores: Mapping[str, Any]) -> None:
     save_json(config, folder / "config.json")
 
 
+def _beside(score: PromptAccuracy, ceiling: PromptAccuracy) -> str:
+    "The scores of a model and those of reconstructions as a table, the judge's own below."
+    most, judge = ceiling.rows(), {f"judge, {name}": value for name, value in score.judge.items()}
+    lines = [f"{'':28s} {'drawn':38s} reconstructed (the ceiling)"]
+    lines += [f"{name:28s} {value:38s} {most[name]}" for name, value in score.rows().items() if name not in judge]
+    return "\n".join([*lines, *(f"{name:28s} {value}" for name, value in judge.items())])
+
+
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="name of a shipped checkpoint, or a folder")] = "toy-text2image",
-    n: Annotated[int, typer.Option(min=1, help="number of captions")] = 512,
+    n: Annotated[int, typer.Option(min=1, help="number of captions of each split")] = 512,
     split: Annotated[
-        str, typer.Option(help="split that the captions are from: validation, test or unseen_pairs")
-    ] = "test",
+        list[str] | None,
+        typer.Option(help="split that the captions are from; default: test and unseen_pairs; again for several"),
+    ] = None,
     scale: Annotated[float, typer.Option(help="guidance scale")] = 3.0,
     choose: Annotated[
         bool, typer.Option(help="first choose the scale, on half as many captions of the validation split")
     ] = False,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
+    varied: Annotated[
+        int, typer.Option(min=0, help="captions of which four images are drawn, to measure diversity; 0: not measured")
+    ] = 64,
     write: Annotated[
         bool, typer.Option(help="write the scores into the model's config.json; MODEL must be a folder")
     ] = False,
     device: Device = None,
 ) -> None:
-    "Measure how many captions of toy scenes a model draws correctly, as the judge reads its images."
+    """Measure how many captions of toy scenes a model draws correctly, word by word, as the judge reads its images.
+
+    Beside each score stands its ceiling: the same for the true scenes, sent through the model's first stage.
+    """
     _check_sampling(steps, scale)
-    _check_split(split)
-    captions = captions_of(split, n)
+    splits = split or ["test", "unseen_pairs"]
+    for name in splits:
+        _check_split(name)
+    captions = {name: captions_of(name, n) for name in splits}
+    if varied == 1:
+        raise LDMError("--varied 1: a mean over captions needs at least 2; 0 measures no diversity")
     if write and not (place(model) / "config.json").is_file():
         raise LDMError(f"--write: {model} is no folder of a model, and the shipped checkpoints are not changed")
     if write:
         probe(place(model) / "config.json")
-    diffusion = LatentDiffusion.from_pretrained(model).to(_chosen_device(device))
-    reader = SceneReader.from_pretrained("scene-reader")
-    tried = {}
+    where = _chosen_device(device)
+    diffusion = LatentDiffusion.from_pretrained(model).to(where)
+    reader, toy = SceneReader.from_pretrained("scene-reader"), ToyFeatures.from_pretrained("toy-features")
+    scores: dict[str, Any] = {"steps": steps}
     if choose:
         scale, tried = choose_scale(diffusion, reader, n=max(1, n // 2), steps=steps)
         for value, accuracy in tried.items():
-            typer.echo(f"validation, scale {value:g}: {accuracy.prompts}")
-    score = score_prompts(diffusion, reader, captions, scale, steps)
-    typer.echo(f"{split}, {n} captions, scale {scale:g}, {steps} DDIM steps\n{score}")
+            typer.echo(f"validation, scale {value:g}: {accuracy.exact}")
+        scores["validation"] = {str(value): accuracy.exact.share for value, accuracy in tried.items()}
+    scores["scale"] = scale
+    for name, texts in captions.items():
+        score = score_prompts(diffusion, reader, texts, scale, steps)
+        ceiling = score_reconstructions(diffusion, reader, name, n)
+        typer.echo(f"{name}, {n} captions, scale {scale:g}, {steps} DDIM steps\n{_beside(score, ceiling)}")
+        scores[name] = {"drawn": score.rows(), "ceiling": ceiling.rows()}
+    if varied:
+        name = splits[0]
+        drawn, true = diversity(diffusion, captions_of(name, varied), toy.distance, 4, scale, steps)
+        typer.echo(
+            f"diversity: {drawn}, of scenes that fit the captions {true} "
+            f"(mean distance by ToyFeatures of 4 images of a caption, {varied} captions of {name})"
+        )
+        scores["diversity"] = {"captions": varied, "drawn": str(drawn), "fitting scenes": str(true)}
     if write:
-        validation = {str(value): accuracy.prompts.share for value, accuracy in tried.items()}
-        scores = {"scale": scale, "steps": steps, "validation": validation, split: score.rows()}
         _write_scores(place(model), scores)
 
 

@@ -110,7 +110,7 @@ def per_sample(
     return _cast(values, x).index_select(0, t.to(x.device, torch.long)).reshape(-1, *[1] * (x.ndim - 1))
 
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #a6b84dc4
-PREDICTIONS = ("epsilon",)  # the values that `NoiseSchedule.prediction` can have
+PREDICTIONS = ("epsilon", "v")  # the values that `NoiseSchedule.prediction` can have
 
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #76343f8e
 @dataclass(frozen=True)
@@ -147,7 +147,9 @@ class NoiseSchedule(NoiseLevels):
         t: Int[Tensor, "b"],
     ) -> Float[Tensor, "b *shape"]:
         "What the network should predict for this `x0` and `noise`."
-        return noise
+        if self.prediction == "epsilon":
+            return noise
+        return per_sample(self.alpha, t, x0) * noise - per_sample(self.sigma, t, x0) * x0  # v
 
     def x0_and_noise(
         self,
@@ -157,8 +159,10 @@ class NoiseSchedule(NoiseLevels):
     ) -> tuple[Float[Tensor, "b *shape"], Float[Tensor, "b *shape"]]:
         "The clean samples and the noise that follow from a prediction (eq. 14)."
         check_like("prediction", prediction, "x_t", x_t)  # else it might be broadcast
-        x0 = (x_t - per_sample(self.sigma, t, x_t) * prediction) / per_sample(self.alpha, t, x_t)
-        return x0, prediction
+        alpha, sigma = per_sample(self.alpha, t, x_t), per_sample(self.sigma, t, x_t)
+        if self.prediction == "epsilon":
+            return (x_t - sigma * prediction) / alpha, prediction
+        return alpha * x_t - sigma * prediction, sigma * x_t + alpha * prediction  # v
 
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #8515564a
 def diffusion_loss(

@@ -1,11 +1,10 @@
-"""Does a model use its condition? Its loss with the right condition, with another image's, and with none."""
+"""Does a model use its condition? Its loss with the right condition, with another one, and with none."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
 from ldm_edu.basics import progress
 from ldm_edu.checks import MOST_SEED, check_count
@@ -23,21 +22,38 @@ class ConditionScores:
     "The diffusion loss of the same noisy latents under three conditions; differences are paired, image by image."
 
     own: Mean  # with the image's own condition
-    other: Mean  # how much higher it is with the condition of another image: near 0, the model does not use it
+    other: Mean  # how much higher it is with the other condition: near 0, the model does not hear the difference
     null: Mean | None  # how much higher it is without; None: the condition is never dropped
+    moved: Mean  # how far the other condition moves the prediction: the root mean square of its change
     images: int
 
     def __str__(self) -> str:
-        null = "never dropped" if self.null is None else f"+ {self.null}"
-        lines = {"loss": self.own, "with another image's condition": f"+ {self.other}", "without condition": null}
+        def more(value: Mean) -> str:
+            return f"{'-' if value.value < 0 else '+'} {replace(value, value=abs(value.value))}"
+
+        null = "never dropped" if self.null is None else more(self.null)
+        lines = {"loss": self.own, "with the other condition": more(self.other), "without condition": null}
+        lines |= {"the prediction moves by": self.moved}
         return "\n".join(f"{name:32s} {value}" for name, value in lines.items())
 
 
-def _losses(model: LatentDiffusion, z: Tensor, t: Tensor, noise: Tensor, cond: Condition) -> Tensor:
-    "The squared error of each image (b,), averaged over its numbers."
-    x_t = model.schedule.q_sample(z, t, noise)
-    error = model.unet(x_t, t, cond) - model.schedule.target(z, noise, t)
-    return error.square().flatten(1).mean(1)
+def _conditions(model: LatentDiffusion, batch: Mapping[str, Any], other: Mapping[str, Any] | None) -> dict[str, Any]:
+    "The conditions that are compared, by name, each with a row for every image of the batch."
+    assert model.conditioner is not None
+    b = len(batch["image"])
+    conditions, null = {"own": model.denoiser(batch, 1.0)[1]}, model.conditioner.null()
+    if other is not None:
+        conditions["other"] = model.denoiser(other, 1.0)[1]
+    for name, cond in conditions.items():
+        if cond is None or len(cond) != b:
+            what = "batch" if name == "own" else "other"
+            raise LDMError(f"{what}: {b} images, but the conditioner reads {len(cond or Condition())} conditions of it")
+    own = cast(Condition, conditions["own"])
+    if other is None:
+        conditions["other"] = own[torch.arange(b).roll(1)]
+    if null.slots():
+        conditions["null"] = own.dropped(null)
+    return conditions
 
 
 @torch.no_grad()
@@ -46,6 +62,7 @@ def score_condition(
     batch: Mapping[str, Any],  # `image` (b, 3, h, w) in [−1, 1], and what the conditioner reads; b is at least 2
     levels: int = 8,  # noise levels at which each image is asked, spread evenly over all
     seed: int = 0,  # image i has its noise from seed + i
+    other: Mapping[str, Any] | None = None,  # b other conditions, as a batch; None: each image gets that of another
 ) -> ConditionScores:
     "How much the loss of eq. 3 depends on the condition, for a conditioner of any kind; LDMError where there is none."
     if model.conditioner is None:
@@ -55,20 +72,17 @@ def score_condition(
     if (b := len(image)) < 2:
         raise LDMError(f"batch: has {b} image, but the condition of another image is needed: give at least 2")
     seed = check_count("seed", seed, 0, MOST_SEED + 1 - b)
-    z = model.first_stage.encode(image)
-    _, own = model.denoiser(batch, 1.0)
-    if own is None or len(own) != b:
-        raise LDMError(f"batch: {b} images, but the conditioner reads {len(own or Condition())} conditions of it")
-    null = model.conditioner.null()
-    conditions = {"own": own, "other": own[torch.arange(b).roll(1)]}
-    if null.slots():
-        conditions["null"] = own.dropped(null)
-
-    noise, losses = SeededNoise(range(seed, seed + b)), {name: torch.zeros(b) for name in conditions}
+    z, conditions = model.first_stage.encode(image), _conditions(model, batch, other)
+    noise, moved = SeededNoise(range(seed, seed + b)), torch.zeros(b)
+    losses = {name: torch.zeros(b) for name in conditions}
     for k in progress(range(levels), "noise levels"):
         t = torch.full((b,), int((k + 0.5) * model.schedule.T / levels), device=image.device)
         eps = noise.noise(z.shape[1:]).to(z)
-        for name, cond in conditions.items():
-            losses[name] += _losses(model, z, t, eps, cond).float().cpu() / levels
+        x_t, target = model.schedule.q_sample(z, t, eps), model.schedule.target(z, eps, t)
+        said = {name: model.unet(x_t, t, cond) for name, cond in conditions.items()}
+        for name, prediction in said.items():
+            losses[name] += (prediction - target).square().flatten(1).mean(1).float().cpu() / levels
+        moved += (said["other"] - said["own"]).square().flatten(1).mean(1).float().cpu() / levels
     more = {name: Mean.of(values - losses["own"], digits=5) for name, values in losses.items()}
-    return ConditionScores(Mean.of(losses["own"], digits=5), more["other"], more.get("null"), b)
+    own, change = Mean.of(losses["own"], digits=5), Mean.of(moved.sqrt(), digits=5)
+    return ConditionScores(own, more["other"], more.get("null"), change, b)

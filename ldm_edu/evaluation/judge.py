@@ -9,7 +9,7 @@ __all__ = ['reader_targets', 'Reading', 'decide', 'SceneReader', 'reader_loss', 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #89c9909a
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from ..checkpoints import Part
 from ..checks import check_count, check_images
-from ..data.toy.captions import read_caption, relation
+from ..data.toy.captions import RELATIONS, read_caption, relation
 from ..data.toy.scenes import COLOURS, HEIGHT, SEGMENTS, SHAPES, SIZES, Scene, Thing, project, truth
 from ..errors import LDMError
 
@@ -267,12 +267,14 @@ class Verdict:
     missing: tuple[tuple[str, str, str], ...]  # things of the caption that are not there
     extra: tuple[Thing, ...]  # things that the caption does not name
     relations: tuple[bool, ...]  # for each relation of the caption: is it so in the image?
+    match: tuple[Thing | None, ...]  # for each thing of the caption, the one of `found` that it is; None: missing
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #84dc7cdd
 def verdict(caption: str, found: Sequence[Thing]) -> Verdict:
     "Compare a caption with what was found in its image; `LDMError` for a caption that cannot be read."
     description = read_caption(caption)
-    rest, match = list(found), []
+    rest: list[Thing] = list(found)
+    match: list[Thing | None] = []
     for wanted in description.things:
         same = next((thing for thing in rest if what(thing) == (wanted.size, wanted.colour, wanted.shape)), None)
         match.append(same)
@@ -284,7 +286,35 @@ def verdict(caption: str, found: Sequence[Thing]) -> Verdict:
         a, b = match[i], match[j]
         return a is not None and b is not None and relation(a, b) == word
 
-    return Verdict(caption, tuple(found), missing, tuple(rest), tuple(holds(*said) for said in description.relations))
+    relations = tuple(holds(*told) for told in description.relations)
+    return Verdict(caption, tuple(found), missing, tuple(rest), relations, tuple(match))
+
+# %% ../../nbs/5_latent_diffusion/54_judge.ipynb #cacc0850
+def _properties(v: Verdict) -> list[tuple[bool, ...]]:
+    "For each thing of a caption: is there one with its size, its colour, its shape? See `what`."
+    from scipy.optimize import linear_sum_assignment  # loaded here, since it takes a second
+
+    agree = [[[a == b for a, b in zip(wanted, what(thing))] for thing in v.extra] for wanted in v.missing]
+    heard = [(thing is not None,) * 3 for thing in v.match]
+    if v.missing and v.extra:
+        at = [k for k, thing in enumerate(v.match) if thing is None]
+        for i, j in zip(*linear_sum_assignment([[sum(cell) for cell in row] for row in agree], maximize=True)):
+            heard[at[i]] = tuple(agree[i][j])
+    return heard
+
+# %% ../../nbs/5_latent_diffusion/54_judge.ipynb #477c64b5
+def _words(verdicts: Sequence[Verdict]) -> dict[str, Share]:
+    "The share of each class of words that was drawn; for the four relations, of those whose two things are there."
+    heard: dict[str, list[bool]] = {word: [] for word in ("number", "size", "colour", "shape", *RELATIONS)}
+    for v in verdicts:
+        description = read_caption(v.caption)
+        heard["number"].append(len(v.found) == len(description.things))
+        for name, right in zip(("size", "colour", "shape"), zip(*_properties(v))):
+            heard[name] += right
+        for (i, word, j), holds in zip(description.relations, v.relations):
+            if v.match[i] is not None and v.match[j] is not None:
+                heard[word].append(holds)
+    return {word: Share(sum(right), len(right)) for word, right in heard.items()}
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #ff628807
 @dataclass(frozen=True)
@@ -297,11 +327,12 @@ class PromptAccuracy:
     relations: Share  # relations that hold, of all that the captions name
     verdicts: tuple[Verdict, ...]
     judge: Mapping[str, str]  # the judge's own scores
+    words: Mapping[str, Share] = field(default_factory=dict)  # by class; see above
 
     def rows(self) -> dict[str, str]:
         "All scores by name, the judge's own at the end."
         rows = {"every thing of the caption": self.prompts, "... and nothing else": self.exact}
-        rows |= {"things": self.things, "relations": self.relations}
+        rows |= {"things": self.things, "relations": self.relations, **self.words}
         return {name: str(share) for name, share in rows.items()} | {f"judge, {k}": v for k, v in self.judge.items()}
 
     def __str__(self) -> str:
@@ -326,4 +357,5 @@ def prompt_accuracy(
         relations=Share(sum(held), len(held)),
         verdicts=verdicts,
         judge=(reader.provenance or {}).get("scores", {"itself": "not measured"}),
+        words=_words(verdicts),
     )

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -18,12 +18,13 @@ from ldm_edu.training.recipes import recipe_from_dict, recipe_to_dict
 from ldm_edu.training.resume import run_stage
 from ldm_edu.training.run import Run, RunOptions, open_run, settings_of_the_run
 from ldm_edu.training.stages import DiffusionStage, FirstStageStage
-from ldm_edu.training.tasks import perceptual_distance
+from ldm_edu.training.tasks import build_conditioner, perceptual_distance
+from ldm_edu.training.text import TextStage, check_reader
 
 __all__ = ["train"]
 
 STAGES: dict[type, tuple[Any, ...]] = {  # what is trained for each kind of recipe, one after the other
-    Recipe: (FirstStageStage, DiffusionStage),
+    Recipe: (FirstStageStage, TextStage, DiffusionStage),
     AutoencoderRecipe: (FirstStageStage,),
     ReaderRecipe: (ReaderStage,),
     FeaturesRecipe: (FeaturesStage,),
@@ -69,6 +70,8 @@ def check_parts(recipe: AnyRecipe, options: RunOptions) -> None:
     "`LDMError` where a network that a training begins with cannot be had: that is known before data are prepared."
     if isinstance(recipe, Recipe | AutoencoderRecipe):
         perceptual_distance(recipe.first_stage.perceptual, options.weights_dir)
+        if isinstance(recipe, Recipe) and recipe.text is not None:
+            check_reader(build_conditioner(recipe.diffusion))
     elif isinstance(recipe, ReaderRecipe):
         for name in recipe.first_stages:
             load_first_stage(name)
@@ -79,16 +82,19 @@ def check_parts(recipe: AnyRecipe, options: RunOptions) -> None:
 
 def train_stages(recipe: AnyRecipe, run: Run) -> nn.Module:
     "Train the stages of a recipe, one after the other, and save the result."
-    model, history = None, {}
+    made: dict[str, nn.Module] = {}
+    history: dict[str, Any] = {}
     for kind in STAGES[type(recipe)]:
-        stage = kind(recipe, run, model)
+        if kind is TextStage and cast(Recipe, recipe).text is None:
+            continue
+        stage = kind(recipe, run, made)
         average, history[stage.name] = run_stage(run, stage)
-        model = stage.finish(average)
+        made[stage.name] = stage.finish(average)
         history[stage.name] |= stage.about
     if len(history) == 1:
         (history,) = history.values()
 
-    done: Any = model  # all of them have a provenance
+    *_, done = cast(dict[str, Any], made).values()  # all of them have a provenance
     done.provenance = {"recipe": recipe_to_dict(recipe), "torch": torch.__version__} | history
     done.eval().float()
     if run.is_main:

@@ -165,7 +165,7 @@ class ReaderStage(Stage):
         self,
         recipe: ReaderRecipe,
         run: Run,
-        before: nn.Module | None = None,  # what an earlier stage has made; here there is none
+        made: Mapping[str, nn.Module] | None = None,  # what earlier stages have made; here there is none
     ):
         torch.manual_seed(recipe.seed)
         super().__init__("scene-reader", ReaderTask(recipe), recipe.training, recipe.seed)
@@ -268,7 +268,7 @@ class FeaturesStage(Stage):
         self,
         recipe: FeaturesRecipe,
         run: Run,
-        before: nn.Module | None = None,  # what an earlier stage has made; here there is none
+        made: Mapping[str, nn.Module] | None = None,  # what earlier stages have made; here there is none
     ):
         torch.manual_seed(recipe.seed)
         super().__init__("toy-features", FeaturesTask(recipe), recipe.training, recipe.seed)

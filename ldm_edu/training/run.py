@@ -498,8 +498,8 @@ def write_recipe(folder: Path, recipe: AnyRecipe) -> None:
 
 def stage_trainings(recipe: AnyRecipe) -> list[Training]:
     "How each stage of a recipe is trained."
-    parts = [getattr(recipe, name) for name in ("first_stage", "diffusion") if hasattr(recipe, name)]
-    return [part.training for part in parts or [recipe]]
+    parts = [part for name in ("first_stage", "text", "diffusion") if (part := getattr(recipe, name, None)) is not None]
+    return [getattr(part, "training", part) for part in parts or [recipe]]
 
 
 def claim_folder(folder: Path, recipe: AnyRecipe, options: RunOptions, precision: str) -> BaseFileLock | None:

@@ -1,11 +1,13 @@
 """The stages of a recipe: a first stage, and a diffusion model on its latents."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from ldm_edu.conditioning.condition import Conditioner
 from ldm_edu.data.cache import SampleCache
 from ldm_edu.display import grid
 from ldm_edu.evaluation.metrics import psnr
@@ -22,7 +24,7 @@ from ldm_edu.training.data import (
 )
 from ldm_edu.training.latents import cached_latents, weights_checksum
 from ldm_edu.training.loop import Stage, batch_indices, repetitions, step_randomness, to_device
-from ldm_edu.training.recipes import Recipe
+from ldm_edu.training.recipes import Recipe, Training
 from ldm_edu.training.run import Run
 from ldm_edu.training.tasks import DiffusionTask, FirstStageTask, build_conditioner, perceptual_distance
 
@@ -32,8 +34,15 @@ __all__ = ["DiffusionStage", "FirstStageStage"]
 class ImageStage(Stage):
     "A stage that is trained on the images of a recipe's data set."
 
-    def __init__(self, name: str, task: nn.Module, run: Run, recipe: AnyImageRecipe, number: int):
-        training = (recipe.first_stage if number == 0 else cast(Recipe, recipe).diffusion).training
+    def __init__(
+        self,
+        name: str,
+        task: nn.Module,
+        run: Run,
+        recipe: AnyImageRecipe,
+        training: Training,
+        number: int,  # added to the recipe's seed
+    ):
         super().__init__(name, task, training, recipe.seed + number)
         self.run, self.recipe = run, recipe
         self.train_data = cached_split(recipe, run, "train")
@@ -69,14 +78,14 @@ class FirstStageStage(ImageStage):
         self,
         recipe: AnyImageRecipe,
         run: Run,
-        before: nn.Module | None = None,  # what an earlier stage has made; here there is none
+        made: Mapping[str, nn.Module] = MappingProxyType({}),  # what earlier stages have made; here there is none
     ):
         what, accelerator = recipe.first_stage, run.accelerator
         torch.manual_seed(recipe.seed)
         perceptual = perceptual_distance(what.perceptual, run.options.weights_dir)
         perceptual = perceptual and perceptual.to(accelerator.device, accelerator.dtype)
         task = FirstStageTask(what, perceptual, lambda gradient: accelerator.over_processes(gradient, "mean"))
-        super().__init__("first_stage", task, run, recipe, 0)
+        super().__init__("first_stage", task, run, recipe, what.training, 0)
         self.some = self.train_data.images(range(min(512, self.n)))  # for codebook and scale factor
         if isinstance(task.model, AutoencoderVQ) and what.from_data:
             with torch.no_grad():
@@ -122,13 +131,15 @@ class DiffusionStage(ImageStage):
         self,
         recipe: Recipe,
         run: Run,
-        before: nn.Module | None,  # the trained first stage
+        made: Mapping[str, nn.Module],  # the trained `first_stage`, and `text`, the conditioner, if it had a warm start
     ):
-        self.first_stage, self.what = cast(FirstStage, before), recipe
+        self.first_stage, self.what = cast(FirstStage, made["first_stage"]), recipe
         torch.manual_seed(recipe.seed + 1)
         dataset = cached_split(recipe, run, "train")
-        conditioner = build_conditioner(recipe.diffusion, lambda key: column_of(dataset, key))
-        super().__init__("diffusion", DiffusionTask(recipe, conditioner), run, recipe, 1)
+        conditioner = cast(Conditioner | None, made.get("text"))
+        if conditioner is None:
+            conditioner = build_conditioner(recipe.diffusion, lambda key: column_of(dataset, key))
+        super().__init__("diffusion", DiffusionTask(recipe, conditioner), run, recipe, recipe.diffusion.training, 1)
         self.keys = () if conditioner is None else conditioner.keys
         self.notes["first_stage"] = weights_checksum(self.first_stage)
         self.latents = {

@@ -5,6 +5,7 @@ import gc
 import json
 import math
 import pickle
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +15,7 @@ from torch.distributions import Categorical, Independent, MixtureSameFamily, Nor
 
 from ldm_edu.diffusion import schedule as module
 from ldm_edu.diffusion.mixture import GaussianMixture, log_joint
+from ldm_edu.diffusion.sampling import SAMPLERS, SeededNoise, last
 from ldm_edu.diffusion.schedule import NoiseLevels, NoiseSchedule, diffusion_loss, per_sample
 from ldm_edu.errors import LDMError
 
@@ -42,6 +44,7 @@ def theirs(schedule: NoiseSchedule) -> DDPMScheduler:
         beta_start=schedule.beta_start,
         beta_end=schedule.beta_end,
         beta_schedule="scaled_linear",
+        prediction_type={"epsilon": "epsilon", "v": "v_prediction"}[schedule.prediction],
         clip_sample=False,
     )
 
@@ -106,6 +109,31 @@ def test_x0_is_that_of_diffusers(seed):
     x0, noise = s.x0_and_noise(prediction, x_t, torch.tensor([t]))
     torch.testing.assert_close(x0, expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(noise, prediction)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_v_is_that_of_diffusers(seed):
+    """Target, and the clean sample that follows; and an error in v is never made larger."""
+    s, g = replace(random_schedule(seed), prediction="v"), rng(seed)
+    x0, noise, wrong = torch.randn(3, 1, 3, 4, 4, generator=g)
+    t = torch.randint(0, s.T, (1,), generator=g)
+    target, x_t = s.target(x0, noise, t), s.q_sample(x0, t, noise)
+    torch.testing.assert_close(target, theirs(s).get_velocity(x0, noise, t), rtol=1e-4, atol=1e-4)
+    expected = theirs(s).step(target + wrong, int(t), x_t, generator=g).pred_original_sample
+    found, its_noise = s.x0_and_noise(target + wrong, x_t, t)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for error in (found - x0, its_noise - noise):
+        assert error.abs().max() <= wrong.abs().max() * 1.001
+    torch.testing.assert_close(s.q_sample(found, t, its_noise), x_t, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_samplers_walk_the_same_way_whatever_is_predicted(name):
+    """The exact denoiser of a mixture, asked for ε and for v."""
+    m, eps, v = random_mixture(4), NoiseSchedule(T=50), NoiseSchedule(T=50, prediction="v")
+    x_T = torch.randn(8, 2, generator=rng(1), dtype=torch.float64)
+    ends = [last(SAMPLERS[name](m.denoiser(s), x_T, s, 10, noise=SeededNoise(range(8)))) for s in (eps, v)]
+    torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -194,6 +222,7 @@ def test_a_copied_schedule_has_no_casts(casts):
 
 
 def test_casts_go_with_their_schedule():
+    gc.collect()
     before = len(module._CASTS)
     s, x, t = NoiseSchedule(), torch.zeros(1, 1), torch.tensor([3])
     for dtype in (torch.float32, torch.float64):

@@ -10,14 +10,22 @@ from jaxtyping import TypeCheckError
 
 import ldm_edu.evaluation.prompts as evaluation
 from ldm_edu import LatentDiffusion, ToyCOCO, UNet, collate, diffusion_loss
+from ldm_edu.data.toy.captions import read_caption, relation
 from ldm_edu.denoiser.attention import CrossAttention
 from ldm_edu.diffusion.sampling import SeededNoise
 from ldm_edu.diffusion.schedule import NoiseSchedule
 from ldm_edu.errors import LDMError
-from ldm_edu.evaluation.conditions import score_condition
+from ldm_edu.evaluation.conditions import ConditionScores, score_condition
 from ldm_edu.evaluation.features import ToyFeatures
-from ldm_edu.evaluation.judge import PromptAccuracy, SceneReader, Share
-from ldm_edu.evaluation.prompts import captions_of, choose_scale, draw_captions, score_prompts
+from ldm_edu.evaluation.judge import PromptAccuracy, SceneReader, Share, prompt_accuracy, what
+from ldm_edu.evaluation.prompts import (
+    captions_of,
+    choose_scale,
+    diversity,
+    draw_captions,
+    score_prompts,
+    score_reconstructions,
+)
 from ldm_edu.evaluation.reconstruction import Mean, score_first_stage
 from ldm_edu.first_stage.autoencoder import AutoencoderKL
 from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage
@@ -63,7 +71,7 @@ def test_the_scale_with_most_captions_wins_and_the_lower_one_of_equals(model, re
 
     def pretend(model, reader, captions, scale, steps):
         share = Share(right[scale], 10)
-        return PromptAccuracy(share, share, share, share, (), {})
+        return PromptAccuracy(Share(10, 10), share, share, share, (), {})
 
     monkeypatch.setattr(evaluation, "score_prompts", pretend)
     best, scores = choose_scale(model, reader, (4.0, 3.0, 2.0, 1.0), n=10)
@@ -203,6 +211,89 @@ def test_a_model_that_ignores_its_condition_has_no_difference(model):
     with pytest.raises(LDMError, match="the same with its condition and without"):
         deaf.sample(batch, steps=2, check=True)
     model.sample(batch, steps=1, check=True)
+
+
+def test_two_conditions_are_compared_as_they_are_given(model):
+    """Against loops; the same condition twice costs nothing and moves nothing."""
+    data = ToyCOCO("validation", length=3)
+    batch = collate([data[i] for i in range(3)])
+    other = {"caption": ["a big red ball", "a tiny white can", "there is a small blue box"]}
+    same, scores = (score_condition(model, batch, 2, 5, other=o) for o in ({"caption": batch["caption"]}, other))
+    assert same.other.value == same.moved.value == 0
+    assert (same.own, same.null) == (scores.own, scores.null)
+    losses, moved = torch.zeros(3), torch.zeros(3)
+    with torch.no_grad():
+        for i in range(3):
+            z, noise = model.first_stage.encode(batch["image"][i : i + 1]), SeededNoise([5 + i])
+            for t in (250, 750):
+                eps, level = noise.noise(z.shape[1:]), torch.tensor([t])
+                own, theirs = (
+                    model.unet(model.schedule.q_sample(z, level, eps), level, model.conditioner(captions[i : i + 1]))
+                    for captions in (batch["caption"], other["caption"])
+                )
+                target = model.schedule.target(z, eps, level)
+                losses[i] += ((theirs - target) ** 2).mean() / 2 - ((own - target) ** 2).mean() / 2
+                moved[i] += ((theirs - own) ** 2).mean() / 2
+    assert scores.other.value == pytest.approx(losses.mean().item(), rel=1e-3)
+    assert scores.moved.value == pytest.approx(moved.sqrt().mean().item(), rel=1e-3)
+    assert "the prediction moves by" in str(scores) and "+ " in str(scores)
+    with pytest.raises(LDMError, match="other: 3 images, but the conditioner reads 2 conditions"):
+        score_condition(model, batch, other={"caption": other["caption"][:2]})
+
+
+def test_a_loss_that_falls_has_a_minus_sign():
+    scores = ConditionScores(*(Mean(v, 0.001, 5) for v in (0.03, -0.002, -0.01, 0.1)), images=8)
+    assert "- 0.00200 ± 0.00100" in str(scores) and "- 0.01000" in str(scores) and "-0" not in str(scores)
+
+
+@pytest.mark.parametrize("split", ["test", "unseen_pairs"])
+def test_the_ceiling_is_that_of_the_true_scenes(model, reader, split):
+    """Against the same by hand; and with a perfect first stage next to nothing is lost."""
+    n = 70  # more than a chunk
+    ceiling = score_reconstructions(model, reader, split, n)
+    data = ToyCOCO(split)
+    images = collate([data[i] for i in range(n)])["image"]
+    with torch.no_grad():
+        back = model.first_stage.reconstruct(images).clamp(-1, 1)
+    by_hand = prompt_accuracy(back, captions_of(split, n), reader)
+    assert ceiling.exact == by_hand.exact and ceiling.words == by_hand.words
+    assert ceiling.words["left"].share > 0.9 and ceiling.words["number"].n == n
+    perfect = copy.deepcopy(model)
+    perfect.first_stage = IdentityFirstStage()
+    assert score_reconstructions(perfect, reader, split, n).exact.right >= max(n - 2, ceiling.exact.right)
+
+
+def test_scenes_that_fit_a_caption_are_what_it_says():
+    rng = np.random.default_rng(0)
+    for text in captions_of("unseen_pairs", 40):
+        said = read_caption(text)
+        for scene in evaluation._fitting_scenes(text, 3, rng):
+            assert [what(thing) for thing in scene.things] == [(t.size, t.colour, t.shape) for t in said.things]
+            assert all(relation(scene.things[i], scene.things[j]) == word for i, word, j in said.relations)
+    crowd = " and ".join(["a big red ball"] * 12)
+    with pytest.raises(LDMError, match="no scene was found that fits 'a big red ball and"):
+        evaluation._fitting_scenes(crowd, 1, rng, tries=20)
+
+
+def test_diversity_is_the_mean_distance_of_pairs(model, monkeypatch):
+    """Of images whose distance is known: image j of caption i has the brightness that its seed says."""
+    texts = ["a big red ball", "a tiny white can"]
+
+    def pretend(model, captions, scale, steps, seed):
+        assert captions == [texts[0]] * 3 + [texts[1]] * 3
+        return torch.arange(6.0)[:, None, None, None].expand(6, 3, 64, 64) ** 2
+
+    def apart(x, y):
+        return (x - y).abs().mean((1, 2, 3))
+
+    monkeypatch.setattr(evaluation, "draw_captions", pretend)
+    drawn, true = diversity(model, texts, apart, n=3)
+    each = (1 + 4 + 3) / 3, (7 + 16 + 9) / 3  # of 0, 1, 4 and of 9, 16, 25
+    assert drawn.value == pytest.approx(sum(each) / 2) and drawn.error == pytest.approx((each[1] - each[0]) / 2)
+    assert true.value > 0
+    for n in (0, 1):
+        with pytest.raises(LDMError, match=f"n={n} "):
+            diversity(model, texts, apart, n=n)
 
 
 def test_a_condition_needs_two_images_and_a_model_that_has_one(model):

@@ -9,6 +9,7 @@ import torch
 
 from ldm_edu.data.toy.captions import captions, relation
 from ldm_edu.data.toy.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, draw_scene, render
+from ldm_edu.data.toy.datasets import ToyCOCO
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.judge import (
     CELLS,
@@ -195,6 +196,64 @@ def test_accuracy_counts_prompts_things_and_relations_apart(monkeypatch):
     counted = {name: (share.right, share.n) for name, share in shares.items()}
     assert counted == {"prompts": (1, 2), "exact": (0, 2), "things": (2, 3), "relations": (0, 1)}
     assert "not measured" in str(score)  # this judge has no scores of its own, and that is said
+
+
+def shown(monkeypatch, captions, found):
+    """`prompt_accuracy` of images in which the judge finds these things."""
+    reader = SceneReader()
+    monkeypatch.setattr(reader, "read", lambda images: found)
+    return prompt_accuracy(torch.zeros(len(captions), 3, 64, 64), captions, reader)
+
+
+RED, BLUE = Thing("sphere", "red", "small", -1.0, 0.0), Thing("cube", "blue", "large", 1.0, 0.0)
+SAID = "a small red ball left of a big blue box"
+
+
+@pytest.mark.parametrize(
+    ("found", "wrong"),
+    [
+        ([RED, BLUE], {}),
+        ([replace(RED, x=1.0), replace(BLUE, x=-1.0)], {"left": (0, 1)}),
+        ([replace(RED, colour="green"), BLUE], {"colour": (1, 2), "left": (0, 0)}),
+        ([replace(RED, shape="cube", size="large"), BLUE], {"shape": (1, 2), "size": (1, 2), "left": (0, 0)}),
+        ([BLUE], {"number": (0, 1), "size": (1, 2), "colour": (1, 2), "shape": (1, 2), "left": (0, 0)}),
+        ([RED, BLUE, replace(BLUE, colour="red", y=2.0)], {"number": (0, 1)}),
+        # the red sphere is taken for the missing one, the white can is nobody's
+        ([replace(RED, size="large"), BLUE, Thing("cylinder", "white", "large", 0.0, 2.0)],
+         {"number": (0, 1), "size": (1, 2), "left": (0, 0)}),
+        # both are missing: each is compared with the one that is more like it
+        ([replace(BLUE, size="small"), replace(RED, colour="white")],
+         {"size": (1, 2), "colour": (1, 2), "left": (0, 0)}),
+        ([], {"number": (0, 1), "size": (0, 2), "colour": (0, 2), "shape": (0, 2), "left": (0, 0)}),
+    ],
+)  # fmt: skip
+def test_each_class_of_words_is_counted_apart(found, wrong, monkeypatch):
+    words = shown(monkeypatch, [SAID], [found]).words
+    right = {"number": (1, 1), "size": (2, 2), "colour": (2, 2), "shape": (2, 2), "left": (1, 1)}
+    right |= {"right": (0, 0), "front": (0, 0), "behind": (0, 0)}
+    assert {word: (share.right, share.n) for word, share in words.items()} == right | wrong
+
+
+def test_a_relation_of_a_missing_thing_says_nothing_about_the_word(monkeypatch):
+    """It counts against `relations`, as before, and not against the word."""
+    score = shown(monkeypatch, [SAID, SAID], [[RED], [RED, BLUE]])
+    assert (score.relations.right, score.relations.n) == (1, 2)
+    assert (score.words["left"].right, score.words["left"].n) == (1, 1)
+    assert score.verdicts[0].match == (RED, None) and score.verdicts[1].match == (RED, BLUE)
+    assert {*score.words} <= {*score.rows()} and "left" in str(score)
+
+
+def test_words_of_many_scenes_are_those_of_the_scenes(monkeypatch):
+    """Drawn as they are, everything holds; mirrored, left and right are exactly wrong and nothing else is."""
+    data = ToyCOCO("test")
+    scenes, captions = zip(*((scene, texts[0]) for scene, texts in map(data.describe, range(300))))
+    true = shown(monkeypatch, captions, [list(scene.things) for scene in scenes]).words
+    mirrored = [[replace(thing, x=-thing.x) for thing in scene.things] for scene in scenes]
+    turned = shown(monkeypatch, captions, mirrored).words
+    assert all(share.right == share.n > 30 for share in true.values())
+    for word, share in turned.items():
+        assert share.n == true[word].n
+        assert share.right == (0 if word in ("left", "right") else share.n)
 
 
 def test_one_caption_for_each_picture():
