@@ -3,11 +3,11 @@
     python benchmarks/left_and_right.py --steps 1000
 
 Every variant begins with the recipe of toy-text2image without its warm start and with ε-prediction, which is how the
-model was trained that could not tell left from right, and changes one thing, the last one two. All have the first stage
-that ships with the package, the learning rate of the whole run, and the same samples in the same order. On the way each
-is asked about held-out captions in which left and right are swapped, and others with front and behind. Writes
-benchmarks/left_and_right.md and, for the lesson, ldm_edu/results/left_and_right.json. A variant that is there already is
-not trained again.
+model was trained that could not tell left from right, and changes one thing or two. All have the first stage that ships
+with the package, the learning rate of the whole run, and the same samples in the same order. On the way each is asked
+about held-out captions in which left and right are swapped, and others with front and behind. Writes
+benchmarks/left_and_right.md and, for the lesson, ldm_edu/results/left_and_right.json. A variant that is there already
+is not trained again.
 """
 
 import argparse
@@ -24,12 +24,12 @@ import torch
 from ldm_edu import ToyCOCO, collate, load_first_stage
 from ldm_edu.evaluation.conditions import score_condition
 from ldm_edu.files import load_json, save_json
-from ldm_edu.training.loop import EMA, optimise
+from ldm_edu.training.loop import optimise
 from ldm_edu.training.recipes import TOY_TEXT2IMAGE, ConditionerRecipe, DiffusionRecipe, Recipe
 from ldm_edu.training.resume import run_stage
 from ldm_edu.training.run import Run, RunOptions, open_run, settings_of_the_run
-from ldm_edu.training.state import make_state
 from ldm_edu.training.stages import DiffusionStage
+from ldm_edu.training.state import make_state
 from ldm_edu.training.text import TextStage
 
 HERE = Path(__file__).resolve().parent
@@ -102,7 +102,7 @@ def questions(n: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
 
 
 def ask(model: Any, asked: Mapping[str, Any]) -> dict[str, list[float]]:
-    """For each pair the loss, how much higher it is with the words swapped, with no caption, and how far tokens move."""
+    """For each pair the loss, its rise with the words swapped and without a caption, and how far tokens move."""
     answers = {}
     for name, (batch, other) in asked.items():
         scores = score_condition(model.eval(), batch, other=other)
@@ -156,8 +156,8 @@ def table(results: Mapping[str, Any]) -> str:
         "",
         f"`python benchmarks/left_and_right.py --steps {results['steps']}`, {results['machine']}.",
         "",
-        f"Variants of toy-text2image after {results['steps']:,} steps of 64. *Cost*: how much the loss rises when the two "
-        f"words are swapped in {results['captions']} held-out captions, in percent of its rise when there is no caption. "
+        f"Variants of toy-text2image after {results['steps']:,} steps of 64. *Cost*: how much the loss rises when the "
+        f"words are swapped in {results['captions']} held-out captions, in percent of its rise without a caption. "
         "*Moves*: how far the swap moves the tokens of the text transformer, relative to their length. One seed each.",
         "",
         "| variant | loss | left ↔ right: cost | moves | front ↔ behind: cost | moves |",
@@ -165,9 +165,7 @@ def table(results: Mapping[str, Any]) -> str:
     ]
     for name, curve in results["variants"].items():
         left, front = curve[-1]["left"], curve[-1]["front"]
-        lines.append(
-            f"| {name} | {left[0]:.4f} | {cost(left)} | {left[3]:.2f} | {cost(front)} | {front[3]:.2f} |"
-        )
+        lines.append(f"| {name} | {left[0]:.4f} | {cost(left)} | {left[3]:.2f} | {cost(front)} | {front[3]:.2f} |")
     lines += ["", "Losses of ε- and of v-prediction are of different targets and cannot be compared."]
     return "\n".join(lines) + "\n"
 
@@ -177,7 +175,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=1000, help="of each variant")
     parser.add_argument("--captions", type=int, default=128, help="held-out captions for each pair of words")
-    parser.add_argument("--runs", type=Path, default=Path("runs/left_and_right"), help="where caches and curves are kept")
+    parser.add_argument(
+        "--runs", type=Path, default=Path("runs/left_and_right"), help="where caches and curves are kept"
+    )
     parser.add_argument("--out", type=Path, default=HERE / "left_and_right.md", help="the table")
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -106,7 +106,19 @@ def test_scores_become_a_part_of_the_model(tmp_path):
     before["provenance"].pop("scores", None)
     assert after == before
     assert scores["steps"] == 2 and str(scores["scale"]) in scores["validation"] and len(scores["validation"]) == 6
-    assert scores["test"]["every thing of the caption"] in result.output
+    for split in ("test", "unseen_pairs"):
+        drawn, ceiling = scores[split]["drawn"], scores[split]["ceiling"]
+        assert drawn.keys() == ceiling.keys() >= {"every thing of the caption", "number", "colour", "left", "behind"}
+        for name in ("every thing of the caption", "shape", "right"):
+            assert any(
+                [*line.split()][-1:] and drawn[name] in line and ceiling[name] in line
+                for line in result.output.splitlines()
+                if line.startswith(name)
+            ), name
+    assert scores["diversity"]["captions"] == 4 and scores["diversity"]["drawn"] in result.output
+    once = run(*words[:4], "--steps", 1, "--split", "validation", "--varied", 0, "--device", "cpu")
+    assert "validation, 4 captions" in once.output and "unseen" not in once.output.replace("unseen pairs", "")
+    assert "diversity" not in once.output
     refused = run("evaluate", "toy-text2image", "--write")
     assert refused.exit_code == 1 and "no folder" in refused.output
 

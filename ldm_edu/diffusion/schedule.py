@@ -81,6 +81,11 @@ class NoiseLevels:
         "Signal-to-noise ratio at level t: alpha_t² / sigma_t² (app. B)."
         return self.alphas_cumprod / (1 - self.alphas_cumprod)
 
+    @property
+    def config(self) -> dict:
+        "The arguments, ready for JSON: `NoiseLevels(**levels.config) == levels`."
+        return asdict(self)
+
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #3a7e7a0d
 def _like(values: Tensor, x: Tensor) -> Tensor:
     "`values` with the dtype and on the device of `x`; dtype first, because MPS has no float64."
@@ -124,11 +129,6 @@ class NoiseSchedule(NoiseLevels):
         _known("prediction", self.prediction, PREDICTIONS)
         if self.alpha[-1] < 1e-30:
             raise LDMError(f"T={self.T} steps with beta_end={self.beta_end} leave no signal: x0 cannot be computed")
-
-    @property
-    def config(self) -> dict:
-        "The arguments, ready for JSON: `NoiseSchedule(**schedule.config) == schedule`."
-        return asdict(self)
 
     def q_sample(
         self,

@@ -15,7 +15,7 @@ from ldm_edu.data.toy.scenes import COLOURS, SHAPES, SIZES, Scene
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.metrics import check_images, layer_distances
 
-__all__ = ["THINGS", "ToyFeatures", "thing_targets"]
+__all__ = ["THINGS", "ToyFeatures"]
 
 THINGS = tuple(product(SIZES, COLOURS, SHAPES))  # every kind of thing: ("small", "red", "sphere"), ...
 

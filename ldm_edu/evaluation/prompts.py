@@ -7,6 +7,7 @@ __all__ = ['captions_of', 'draw_captions', 'score_reconstructions', 'score_promp
 
 # %% ../../nbs/5_latent_diffusion/55_evaluation.ipynb #c42007c4
 from collections.abc import Callable, Sequence
+from itertools import islice
 from math import pi
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..basics import progress
 from ..checks import MOST_SEED, check_count, check_number
-from ..data.toy.captions import read_caption, relation
+from ..data.toy.captions import Description, read_caption, relation
 from ..data.toy.datasets import ToyCOCO
 from ..data.toy.scenes import Scene, Thing, place, render
 from ..errors import LDMError
@@ -101,20 +102,27 @@ def choose_scale(
     return max(scores, key=lambda scale: (scores[scale].exact.right, -scale)), scores
 
 # %% ../../nbs/5_latent_diffusion/55_evaluation.ipynb #43a2dcc5
+def _fitting_scene(said: Description, rng: np.random.Generator) -> Scene | None:
+    "The things of a caption at random places; None where there is no room, or where they do not stand as it says."
+    things: list[Thing] = []
+    for named in said.things:
+        thing = Thing(named.shape, named.colour, named.size, 0.0, 0.0, rng.uniform(0, pi / 2))
+        if (placed := place(thing, things, rng)) is None:
+            return None
+        things.append(placed)
+    if any(relation(things[i], things[j]) != word for i, word, j in said.relations):
+        return None
+    return Scene(tuple(things), sun=rng.uniform(0.2, 1.0))
+
+
 def _fitting_scenes(caption: str, n: int, rng: np.random.Generator, tries: int = 20_000) -> list[Scene]:
-    "`n` random scenes that a caption describes; LDMError where none was found."
-    said, scenes = read_caption(caption), []
-    for _ in range(tries):
-        things: list[Thing | None] = []
-        for named in said.things:
-            thing = Thing(named.shape, named.colour, named.size, 0.0, 0.0, rng.uniform(0, pi / 2))
-            things.append(None if None in things else place(thing, things, rng))
-        stand = [thing for thing in things if thing is not None]
-        if len(stand) == len(things) and all(relation(stand[i], stand[j]) == word for i, word, j in said.relations):
-            scenes.append(Scene(tuple(stand), sun=rng.uniform(0.2, 1.0)))
-        if len(scenes) == n:
-            return scenes
-    raise LDMError(f"caption: no scene was found that fits {caption!r}")
+    "`n` random scenes that a caption describes; LDMError where none is found."
+    said = read_caption(caption)
+    found = (scene for _ in range(tries) if (scene := _fitting_scene(said, rng)) is not None)
+    scenes = list(islice(found, n))
+    if len(scenes) < n:
+        raise LDMError(f"caption: no scene was found that fits {caption!r}")
+    return scenes
 
 # %% ../../nbs/5_latent_diffusion/55_evaluation.ipynb #1f70d697
 def diversity(

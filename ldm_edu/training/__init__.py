@@ -19,6 +19,7 @@ from ldm_edu.training.resume import run_stage
 from ldm_edu.training.run import Run, RunOptions, open_run
 from ldm_edu.training.stages import DiffusionStage, FirstStageStage
 from ldm_edu.training.state import State
+from ldm_edu.training.text import TextStage
 
 __all__ = [
     "EMA",
@@ -38,6 +39,7 @@ __all__ = [
     "Stage",
     "State",
     "StepResult",
+    "TextStage",
     "Training",
     "batch_indices",
     "find_recipe",

@@ -87,7 +87,7 @@ def train_stages(recipe: AnyRecipe, run: Run) -> nn.Module:
     for kind in STAGES[type(recipe)]:
         if kind is TextStage and cast(Recipe, recipe).text is None:
             continue
-        stage = kind(recipe, run, made)
+        stage = cast(Any, kind)(recipe, run, made)
         average, history[stage.name] = run_stage(run, stage)
         made[stage.name] = stage.finish(average)
         history[stage.name] |= stage.about

@@ -31,7 +31,9 @@ LOOKS = {"size": tuple(SIZES), "colour": tuple(COLOURS), "shape": SHAPES}  # que
 def check_reader(conditioner: Conditioner | None) -> TextConditioner:
     "The conditioner; `LDMError` where it is none that the riddles can be asked of."
     if not isinstance(conditioner, TextConditioner) or not conditioner.tokenizer.strict:
-        raise LDMError("text: riddles are about the captions of toy scenes, so the one conditioner must be a strict TextConditioner")
+        raise LDMError(
+            "text: riddles are about the captions of toy scenes, so the one conditioner must be a strict TextConditioner"
+        )
     return conditioner
 
 
@@ -62,7 +64,7 @@ class RiddleTask(nn.Module):
         super().__init__()
         self.conditioner = conditioner
         self.parts = [*map(len, LOOKS.values()), len(RELATIONS)]
-        self.answer = nn.Linear(conditioner.context_dim, sum(self.parts))
+        self.answer = nn.Linear(cast(int, conditioner.context_dim), sum(self.parts))
 
     def logits(self, captions: Sequence[str]) -> dict[str, Float[Tensor, "b l k"]]:
         "What is answered at every token, by question."

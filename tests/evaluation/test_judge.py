@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from ldm_edu.data.toy.captions import captions, relation
-from ldm_edu.data.toy.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, draw_scene, render
 from ldm_edu.data.toy.datasets import ToyCOCO
+from ldm_edu.data.toy.scenes import COLOURS, SHAPES, SIZES, Scene, Thing, draw_scene, render
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.judge import (
     CELLS,

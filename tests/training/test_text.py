@@ -1,8 +1,10 @@
 """The warm start of a text conditioner: riddles about captions."""
 
-import torch
-import pytest
 from dataclasses import replace
+
+import pytest
+import torch
+from small_runs import differences, of_stages, tiny, train_tiny, weights
 
 from ldm_edu.conditioning.text import TextConditioner, split_words
 from ldm_edu.data.toy.captions import RELATIONS, VOCABULARY, relation
@@ -14,7 +16,6 @@ from ldm_edu.training.dispatch import train
 from ldm_edu.training.recipes import ConditionerRecipe, Training, recipe_from_dict, recipe_to_dict
 from ldm_edu.training.run import RunOptions
 from ldm_edu.training.text import RiddleTask, riddles, share_answered
-from training.small_runs import differences, of_stages, tiny, train_tiny, weights
 
 LOOKS = {"size": tuple(SIZES), "colour": tuple(COLOURS), "shape": SHAPES}
 
@@ -55,7 +56,9 @@ def test_the_answers_are_true_of_the_scenes():
 
 
 def test_left_and_right_give_opposite_answers():
-    left, right = (riddles([f"a small red ball {side} of a big blue box"], 24)["sides"][0] for side in ("left", "right"))
+    left, right = (
+        riddles([f"a small red ball {side} of a big blue box"], 24)["sides"][0] for side in ("left", "right")
+    )
     assert left[3].tolist() == right[9].tolist() == [1, 0, 0, 0]
     assert left[9].tolist() == right[3].tolist() == [0, 1, 0, 0]
 
@@ -114,7 +117,9 @@ def test_the_diffusion_model_begins_with_the_trained_text(tmp_path):
     recipe = with_text(20)
     recipe = replace(recipe, diffusion=replace(recipe.diffusion, training=replace(recipe.diffusion.training, lr=1e-12)))
     model, bare = train_tiny(tmp_path / "a", recipe), train_tiny(tmp_path / "b", replace(recipe, text=None))
-    state = {k.removeprefix("ema.conditioner."): v for k, v in weights(tmp_path / "a").items() if "text.safetensors: " in k}
+    state = {
+        k.removeprefix("ema.conditioner."): v for k, v in weights(tmp_path / "a").items() if "text.safetensors: " in k
+    }
     trained, untrained = (m.conditioner.transformer.tokens.weight for m in (model, bare))
     kept = next(v for k, v in state.items() if k.endswith("tokens.weight") and torch.allclose(v, trained, atol=1e-6))
     assert kept is not None and (trained - untrained).abs().max() > 1e-3
