@@ -180,15 +180,20 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=HERE / "left_and_right.md", help="the table")
     args = parser.parse_args()
+    if args.steps < 8 or args.steps % 8 or args.captions < 2:
+        parser.error("--steps should be a multiple of 8, and --captions at least 2")
     torch.set_num_threads(1)
 
     curves, asked = {}, questions(args.captions)
     for k, (name, (recipe, half)) in enumerate(VARIANTS.items()):
         kept = args.runs / f"variant-{k}" / "curve.json"
+        what = {"variant": name, "steps": args.steps, "captions": args.captions}
         if not kept.exists():
             print(name, flush=True)
-            save_json({"curve": learn(recipe, half, kept.parent, args.steps, asked)}, kept)
-        curves[name] = load_json(kept)["curve"]
+            save_json(what | {"curve": learn(recipe, half, kept.parent, args.steps, asked)}, kept)
+        if what.items() - (found := load_json(kept)).items():
+            raise SystemExit(f"{kept} is of other settings: give another folder as --runs, or remove it")
+        curves[name] = found["curve"]
     machine = f"CPU, 1 thread, bf16, torch {torch.__version__}"
     results = {"steps": args.steps, "captions": args.captions, "machine": machine, "variants": curves}
     args.out.write_text(table(results), encoding="utf-8")

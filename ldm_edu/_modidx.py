@@ -400,6 +400,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     'ldm_edu/evaluation/judge.py'),
                                           'ldm_edu.evaluation.judge.Verdict': ( '5_latent_diffusion/judge.html#verdict',
                                                                                 'ldm_edu/evaluation/judge.py'),
+                                          'ldm_edu.evaluation.judge._matches': ( '5_latent_diffusion/judge.html#_matches',
+                                                                                 'ldm_edu/evaluation/judge.py'),
                                           'ldm_edu.evaluation.judge._properties': ( '5_latent_diffusion/judge.html#_properties',
                                                                                     'ldm_edu/evaluation/judge.py'),
                                           'ldm_edu.evaluation.judge._words': ( '5_latent_diffusion/judge.html#_words',

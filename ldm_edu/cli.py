@@ -358,7 +358,8 @@ def train(
 def _write_scores(folder: Path, scores: Mapping[str, Any]) -> None:
     "Add scores to the provenance in a model's config.json."
     config = load_json(folder / "config.json")
-    config["provenance"] = (config.get("provenance") or {}) | {"scores": dict(scores)}
+    before = config.get("provenance", config.pop("made", None)) or {}  # version 0.1.0 wrote it under the name "made"
+    config["provenance"] = before | {"scores": dict(scores)}
     save_json(config, folder / "config.json")
 
 
@@ -415,7 +416,7 @@ def evaluate(
         scale, tried = choose_scale(diffusion, reader, n=max(1, n // 2), steps=steps)
         for value, accuracy in tried.items():
             typer.echo(f"validation, scale {value:g}: {accuracy.exact}")
-        scores["validation"] = {str(value): accuracy.exact.share for value, accuracy in tried.items()}
+        scores["choice"] = {str(value): accuracy.exact.share for value, accuracy in tried.items()}
     scores["scale"] = scale
     for name, texts in captions.items():
         score = score_prompts(diffusion, reader, texts, scale, steps)

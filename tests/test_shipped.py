@@ -1,6 +1,7 @@
 """The checkpoints that the package ships: what the README promises of them."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 from ldm_edu import LatentDiffusion, SceneReader, ToyCelebA, ToyCOCO, ToyFeatures, psnr
 from ldm_edu.checkpoints import PRETRAINED
 from ldm_edu.data.batches import collate
+from ldm_edu.evaluation.conditions import score_condition
 from ldm_edu.evaluation.judge import reader_accuracy
 from ldm_edu.evaluation.prompts import captions_of, score_prompts
 from ldm_edu.first_stage.quantization import codebook_usage, load_first_stage
@@ -69,9 +71,14 @@ def test_a_colour_that_is_asked_for_is_drawn(model):
 def test_it_says_how_it_was_made_and_by_a_recipe_that_exists(model):
     recipe = recipe_from_dict(model.provenance["recipe"])
     assert recipe == find_recipe(NAME)
-    for stage in ("first_stage", "diffusion"):
+    trainings = {
+        "first_stage": recipe.first_stage.training,
+        "text": recipe.text,
+        "diffusion": recipe.diffusion.training,
+    }
+    for stage, training in trainings.items():
         assert {"steps", "seconds", "device"} <= set(model.provenance[stage])
-        assert model.provenance[stage]["steps"] == getattr(recipe, stage).training.steps
+        assert model.provenance[stage]["steps"] == training.steps
 
 
 @pytest.fixture(scope="module")
@@ -135,8 +142,27 @@ def test_the_judge_sees_what_and_how_far(reader):
 def test_most_captions_are_drawn(model, reader):
     """A part of what `ldm-edu evaluate` measures; all 512 captions stand in the model's config."""
     scores = model.provenance["scores"]
-    assert float(scores["test"]["every thing of the caption"].split()[0]) >= 80
-    assert score_prompts(model, reader, captions_of("test", 64), scores["scale"]).prompts.share >= 0.8
+    assert float(scores["test"]["drawn"]["... and nothing else"].split()[0]) >= 85
+    found = score_prompts(model, reader, captions_of("test", 64), scores["scale"], 25)
+    assert found.exact.share >= 0.8
+    for word in ("left", "right", "front", "behind"):
+        assert float(scores["test"]["drawn"][word].split()[0]) >= 90
+        assert found.words[word].share >= 0.85 and found.words[word].n >= 5
+
+
+@pytest.mark.parametrize(("a", "b"), [("left", "right"), ("in front of", "behind"), ("small", "big"), ("red", "green")])
+def test_every_word_is_heard(a, b, model):
+    """With two words exchanged, the loss rises, for most by as much as without any caption; a synonym costs nothing."""
+    data, told = ToyCOCO("validation"), re.compile(rf"\b({a}|{b})\b")
+    rows = [i for i in range(400) if told.search(data.describe(i)[1][0])][:24]
+    batch = collate([data[i] for i in rows])
+    other = [told.sub(lambda found: b if found[0] == a else a, text) for text in batch["caption"]]
+    scores = score_condition(model, batch, levels=4, other={"caption": other})
+    assert scores.other.value > 4 * scores.other.error
+    assert a == "red" or scores.other.value > 0.5 * scores.null.value
+    synonyms = [re.sub(r"\b(tiny|little)\b", "small", re.sub(r"\bball\b", "sphere", text)) for text in batch["caption"]]
+    same = score_condition(model, batch, levels=4, other={"caption": synonyms})
+    assert same.moved.value < 0.3 * scores.moved.value
 
 
 @pytest.mark.parametrize("name, cls", [("scene-reader", SceneReader), ("toy-features", ToyFeatures)])

@@ -147,9 +147,9 @@ class NoiseSchedule(NoiseLevels):
         t: Int[Tensor, "b"],
     ) -> Float[Tensor, "b *shape"]:
         "What the network should predict for this `x0` and `noise`."
-        if self.prediction == "epsilon":
-            return noise
-        return per_sample(self.alpha, t, x0) * noise - per_sample(self.sigma, t, x0) * x0  # v
+        check_like("noise", noise, "x0", check_tensor("x0", x0, ("b", "...")))
+        alpha, sigma = per_sample(self.alpha, t, x0), per_sample(self.sigma, t, x0)
+        return noise if self.prediction == "epsilon" else alpha * noise - sigma * x0  # v
 
     def x0_and_noise(
         self,
@@ -158,7 +158,9 @@ class NoiseSchedule(NoiseLevels):
         t: Int[Tensor, "b"],
     ) -> tuple[Float[Tensor, "b *shape"], Float[Tensor, "b *shape"]]:
         "The clean samples and the noise that follow from a prediction (eq. 14)."
-        check_like("prediction", prediction, "x_t", x_t)  # else it might be broadcast
+        check_like(
+            "prediction", prediction, "x_t", check_tensor("x_t", x_t, ("b", "..."))
+        )  # else it might be broadcast
         alpha, sigma = per_sample(self.alpha, t, x_t), per_sample(self.sigma, t, x_t)
         if self.prediction == "epsilon":
             return (x_t - sigma * prediction) / alpha, prediction

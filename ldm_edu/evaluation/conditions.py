@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ldm_edu.basics import progress
-from ldm_edu.checks import MOST_SEED, check_count
-from ldm_edu.conditioning.condition import Condition, read_key
+from ldm_edu.checks import MOST_SEED, check_count, shown
+from ldm_edu.conditioning.condition import Condition
 from ldm_edu.diffusion.sampling import SeededNoise
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.reconstruction import Mean
@@ -40,20 +41,28 @@ class ConditionScores:
 def _conditions(model: LatentDiffusion, batch: Mapping[str, Any], other: Mapping[str, Any] | None) -> dict[str, Any]:
     "The conditions that are compared, by name, each with a row for every image of the batch."
     assert model.conditioner is not None
-    b = len(batch["image"])
-    conditions, null = {"own": model.denoiser(batch, 1.0)[1]}, model.conditioner.null()
-    if other is not None:
-        conditions["other"] = model.denoiser(other, 1.0)[1]
-    for name, cond in conditions.items():
-        if cond is None or len(cond) != b:
-            what = "batch" if name == "own" else "other"
-            raise LDMError(f"{what}: {b} images, but the conditioner reads {len(cond or Condition())} conditions of it")
-    own = cast(Condition, conditions["own"])
-    if other is None:
-        conditions["other"] = own[torch.arange(b).roll(1)]
+    b, null = len(batch["image"]), model.conditioner.null()
+    own = _read(model, "batch", batch, b)
+    conditions = {
+        "own": own,
+        "other": own[torch.arange(b).roll(1)] if other is None else _read(model, "other", other, b),
+    }
     if null.slots():
         conditions["null"] = own.dropped(null)
     return conditions
+
+
+def _read(model: LatentDiffusion, name: str, batch: Mapping[str, Any], b: int) -> Condition:
+    "The conditions that the model reads of a batch; LDMError names the argument where there are not b of them."
+    if not isinstance(batch, Mapping):
+        raise LDMError(f"{name} should be a batch, a dict, not {shown(batch)}")
+    try:
+        cond = model.denoiser(batch, 1.0)[1]
+    except LDMError as error:
+        raise LDMError(f"{name}: {str(error).removeprefix('prompts: ')}") from error
+    if cond is None or len(cond) != b:
+        raise LDMError(f"{name}: {b} images, but the conditioner reads {len(cond or Condition())} conditions of it")
+    return cond
 
 
 @torch.no_grad()
@@ -68,9 +77,12 @@ def score_condition(
     if model.conditioner is None:
         raise LDMError("model: it is unconditional, so there is no condition that it could use")
     levels = check_count("levels", levels, 1, model.schedule.T)
-    image = read_key(batch, "image").to(model.device)
+    image = batch.get("image") if isinstance(batch, Mapping) else None
+    if not isinstance(image, Tensor):
+        raise LDMError(f"batch should be a dict with 'image' (b, 3, h, w), not {shown(batch)}")
     if (b := len(image)) < 2:
-        raise LDMError(f"batch: has {b} image, but the condition of another image is needed: give at least 2")
+        raise LDMError(f"batch: has {b} image, but errors of means and the condition of another image need at least 2")
+    image = image.to(model.device)
     seed = check_count("seed", seed, 0, MOST_SEED + 1 - b)
     z, conditions = model.first_stage.encode(image), _conditions(model, batch, other)
     noise, moved = SeededNoise(range(seed, seed + b)), torch.zeros(b)

@@ -8,8 +8,9 @@ __all__ = ['reader_targets', 'Reading', 'decide', 'SceneReader', 'reader_loss', 
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #89c9909a
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations, product
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +20,7 @@ from torch.nn import functional as F
 
 from ..checkpoints import Part
 from ..checks import check_count, check_images
-from ..data.toy.captions import RELATIONS, read_caption, relation
+from ..data.toy.captions import RELATIONS, Named, read_caption, relation
 from ..data.toy.scenes import COLOURS, HEIGHT, SEGMENTS, SHAPES, SIZES, Scene, Thing, project, truth
 from ..errors import LDMError
 
@@ -270,24 +271,30 @@ class Verdict:
     match: tuple[Thing | None, ...]  # for each thing of the caption, the one of `found` that it is; None: missing
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #84dc7cdd
+def _matches(wanted: Sequence[Named], found: Sequence[Thing]) -> Iterator[list[Thing | None]]:
+    "All ways to match things of a caption with what was found: several, where a caption names equal things."
+    choices = []
+    for kind in dict.fromkeys(wanted):
+        room = wanted.count(kind)
+        same = [thing for thing in found if what(thing) == kind][:room]  # the surest ones
+        choices.append([(kind, picked) for picked in permutations([*same, *[None] * (room - len(same))])])
+    for way in product(*choices):
+        left = {kind: iter(picked) for kind, picked in way}
+        yield [next(left[kind]) for kind in wanted]
+
+# %% ../../nbs/5_latent_diffusion/54_judge.ipynb #848a42f7
 def verdict(caption: str, found: Sequence[Thing]) -> Verdict:
     "Compare a caption with what was found in its image; `LDMError` for a caption that cannot be read."
     description = read_caption(caption)
-    rest: list[Thing] = list(found)
-    match: list[Thing | None] = []
-    for wanted in description.things:
-        same = next((thing for thing in rest if what(thing) == (wanted.size, wanted.colour, wanted.shape)), None)
-        match.append(same)
-        if same is not None:
-            rest.remove(same)
+
+    def relations(match: list[Thing | None]) -> tuple[bool, ...]:
+        pairs = [(match[i], word, match[j]) for i, word, j in description.relations]
+        return tuple(a is not None and b is not None and relation(a, b) == word for a, word, b in pairs)
+
+    match = max(_matches(description.things, found), key=lambda match: sum(relations(match)))
     missing = tuple((w.size, w.colour, w.shape) for w, thing in zip(description.things, match) if thing is None)
-
-    def holds(i: int, word: str, j: int) -> bool:
-        a, b = match[i], match[j]
-        return a is not None and b is not None and relation(a, b) == word
-
-    relations = tuple(holds(*told) for told in description.relations)
-    return Verdict(caption, tuple(found), missing, tuple(rest), relations, tuple(match))
+    extra = tuple(thing for thing in found if not any(thing is other for other in match))
+    return Verdict(caption, tuple(found), missing, extra, relations(match), tuple(match))
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #cacc0850
 def _properties(v: Verdict) -> list[tuple[bool, ...]]:

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..basics import progress
-from ..checks import MOST_SEED, check_count, check_number
+from ..checks import MOST_SEED, check_count, check_number, shown
 from ..data.toy.captions import Description, read_caption, relation
 from ..data.toy.datasets import ToyCOCO
 from ..data.toy.scenes import Scene, Thing, place, render
@@ -121,13 +121,14 @@ def _fitting_scenes(caption: str, n: int, rng: np.random.Generator, tries: int =
     found = (scene for _ in range(tries) if (scene := _fitting_scene(said, rng)) is not None)
     scenes = list(islice(found, n))
     if len(scenes) < n:
-        raise LDMError(f"caption: no scene was found that fits {caption!r}")
+        raise LDMError(f"caption: only {len(scenes)} of {n} scenes were found that fit {caption!r}")
     return scenes
 
 # %% ../../nbs/5_latent_diffusion/55_evaluation.ipynb #1f70d697
+@torch.no_grad()
 def diversity(
     model: LatentDiffusion,
-    captions: Sequence[str],
+    captions: Sequence[str],  # at least 2
     distance: Callable[[Tensor, Tensor], Tensor],  # of images, perceptual: (b,) for two batches (b, 3, h, w)
     n: int = 4,  # pictures of each caption, at least 2
     scale: float = 3.0,  # of the guidance; 1 is unguided
@@ -135,12 +136,18 @@ def diversity(
     seed: int = 0,  # picture j of caption i has seed + n i + j
 ) -> tuple[Mean, Mean]:
     "Mean distance of two pictures of one caption: of those that the model draws, and of random scenes that fit it."
-    n, rng = check_count("n", n, 2), np.random.default_rng(seed)
+    if not isinstance(captions, Sequence) or isinstance(captions, str) or len(captions) < 2:
+        raise LDMError(f"captions should be a list of at least 2, for a mean over them, not {shown(captions)}")
+    n = check_count("n", n, 2)
+    rng = np.random.default_rng(check_count("seed", seed, 0, MOST_SEED + 1 - n * len(captions)))
+    scenes = [scene for text in captions for scene in _fitting_scenes(text, n, rng)]
     drawn = draw_captions(model, [text for text in captions for _ in range(n)], scale, steps, seed)
-    true = render([scene for text in captions for scene in _fitting_scenes(text, n, rng)], model.size)
     i, j = torch.triu_indices(n, n, offset=1)  # every pair once
 
     def spread(images: Tensor) -> Mean:
-        return Mean.of(torch.stack([distance(some[i], some[j]).mean() for some in images.split(n)]), digits=3)
+        far = [distance(some[i], some[j]) for some in images.split(n)]
+        if any(not isinstance(d, Tensor) or d.shape != i.shape for d in far):
+            raise LDMError("distance should give one number for each pair of images, (b,) for two batches")
+        return Mean.of(torch.stack([d.float().mean() for d in far]), digits=3)
 
-    return spread(drawn), spread(true)
+    return spread(drawn), spread(render(scenes, model.size))

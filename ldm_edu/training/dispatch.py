@@ -45,7 +45,7 @@ def train(
         raise LDMError(f"recipe should be a recipe, such as find_recipe('toy-demo'), not {shown(recipe)}")
     if not isinstance(options, RunOptions):
         raise LDMError(f"options should be RunOptions(...), not {shown(options)}")
-    recipe_from_dict(recipe_to_dict(recipe))  # refuses fields of other types
+    recipe = recipe_from_dict(recipe_to_dict(recipe))  # refuses fields of other types
     check_parts(recipe, options)
     if isinstance(recipe, Recipe | AutoencoderRecipe):
         check_fit(recipe, options)
@@ -71,7 +71,7 @@ def check_parts(recipe: AnyRecipe, options: RunOptions) -> None:
     if isinstance(recipe, Recipe | AutoencoderRecipe):
         perceptual_distance(recipe.first_stage.perceptual, options.weights_dir)
         if isinstance(recipe, Recipe) and recipe.text is not None:
-            check_reader(build_conditioner(recipe.diffusion))
+            check_reader(recipe, build_conditioner(recipe.diffusion))
     elif isinstance(recipe, ReaderRecipe):
         for name in recipe.first_stages:
             load_first_stage(name)

@@ -177,7 +177,7 @@ class DiffusionTask(nn.Module):
         self.drop = what.drop
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        "Make the condition, drop it for some of the images, predict the noise."
+        "Make the condition, drop it for some of the images, predict what the schedule says."
         cond = None
         if self.conditioner is not None:
             cond = self.conditioner(batch)

@@ -28,13 +28,15 @@ OPPOSITE = {"left": "right", "right": "left", "front": "behind", "behind": "fron
 LOOKS = {"size": tuple(SIZES), "colour": tuple(COLOURS), "shape": SHAPES}  # questions with one answer each
 
 
-def check_reader(conditioner: Conditioner | None) -> TextConditioner:
-    "The conditioner; `LDMError` where it is none that the riddles can be asked of."
-    if not isinstance(conditioner, TextConditioner) or not conditioner.tokenizer.strict:
+def check_reader(recipe: Recipe, conditioner: Conditioner | None) -> TextConditioner:
+    "The conditioner of a recipe; `LDMError` where it is none that riddles can be asked of."
+    strict = isinstance(conditioner, TextConditioner) and conditioner.tokenizer.strict
+    if recipe.dataset != "toy" or not strict:
         raise LDMError(
-            "text: riddles are about the captions of toy scenes, so the one conditioner must be a strict TextConditioner"
+            "text: riddles are about captions of toy scenes, so dataset should be 'toy' "
+            "and the one conditioner a strict TextConditioner; text=None leaves the warm start out"
         )
-    return conditioner
+    return cast(TextConditioner, conditioner)
 
 
 def riddles(
@@ -46,6 +48,8 @@ def riddles(
     answers = {name: torch.full((len(captions), length), -1) for name in LOOKS}
     sides = torch.zeros(len(captions), length, len(RELATIONS))
     for i, caption in enumerate(captions):
+        if (count := len(split_words(caption))) > length:
+            raise LDMError(f"a prompt has at most {length} words, this one has {count}: {caption!r}")
         said = read_caption(caption)
         tokens = [k for k, word in enumerate(split_words(caption)) if word in NOUNS]
         for k, thing in zip(tokens, said.things, strict=True):
@@ -73,11 +77,16 @@ class RiddleTask(nn.Module):
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         "Cross-entropy of looks and sides at the nouns of batch `caption`; the loss and its terms."
-        logits, terms = self.logits(batch["caption"]), {}
+        logits, nouns = self.logits(batch["caption"]), batch["shape"] >= 0
+        each = {}  # (b, l)
         for name in LOOKS:
-            terms[name] = F.cross_entropy(logits[name].transpose(1, 2), batch[name], ignore_index=-1)
-        nouns = batch["shape"] >= 0
-        terms["sides"] = F.binary_cross_entropy_with_logits(logits["sides"][nouns], batch["sides"][nouns])
+            each[name] = F.cross_entropy(logits[name].transpose(1, 2), batch[name], ignore_index=-1, reduction="none")
+        sides = F.binary_cross_entropy_with_logits(
+            logits["sides"], batch["sides"].to(logits["sides"]), reduction="none"
+        )
+        each["sides"] = sides.mean(-1) * nouns
+        # A mean over the nouns of a caption, then over captions: so micro-batches and processes have equal weights.
+        terms = {name: (values.sum(1) / nouns.sum(1)).mean() for name, values in each.items()}
         loss = sum(terms.values(), torch.zeros((), device=nouns.device))
         return loss, {name: value.detach() for name, value in terms.items()}
 
@@ -101,7 +110,9 @@ class TextStage(ImageStage):
     ):
         torch.manual_seed(recipe.seed + 1)
         conditioner = build_conditioner(recipe.diffusion)
-        super().__init__("text", RiddleTask(check_reader(conditioner)), run, recipe, cast(Training, recipe.text), 1)
+        super().__init__(
+            "text", RiddleTask(check_reader(recipe, conditioner)), run, recipe, cast(Training, recipe.text), 1
+        )
 
     def samples(
         self, dataset: SampleCache, step: int, indices: Sequence[int], repeats: Sequence[int] | None = None
@@ -119,4 +130,4 @@ class TextStage(ImageStage):
 
     def finish(self, task: nn.Module) -> TextConditioner:
         "The conditioner alone."
-        return cast(RiddleTask, task).conditioner.requires_grad_(True)
+        return cast(RiddleTask, task).conditioner.train()

@@ -127,6 +127,18 @@ def test_v_is_that_of_diffusers(seed):
     torch.testing.assert_close(s.q_sample(found, t, its_noise), x_t, rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_no_pair_of_samples_has_no_target():
+    x, t = torch.zeros(2, 3, 4, 4), torch.tensor([1, 2])
+    for s in (NoiseSchedule(), NoiseSchedule(prediction="v")):
+        with pytest.raises(LDMError, match="noise"):
+            s.target(x, x[:, :1], t)
+        for wrong in (torch.ones(2, 3, dtype=torch.long), [1.0, 2.0], torch.zeros(())):
+            with pytest.raises((LDMError, TypeError)):
+                s.target(wrong, wrong, t)
+            with pytest.raises((LDMError, TypeError)):
+                s.x0_and_noise(wrong, wrong, t)
+
+
 @pytest.mark.parametrize("name", ["ddim", "ddpm"])
 def test_samplers_walk_the_same_way_whatever_is_predicted(name):
     """The exact denoiser of a mixture, asked for ε and for v."""

@@ -237,8 +237,18 @@ def test_two_conditions_are_compared_as_they_are_given(model):
     assert scores.other.value == pytest.approx(losses.mean().item(), rel=1e-3)
     assert scores.moved.value == pytest.approx(moved.sqrt().mean().item(), rel=1e-3)
     assert "the prediction moves by" in str(scores) and "+ " in str(scores)
-    with pytest.raises(LDMError, match="other: 3 images, but the conditioner reads 2 conditions"):
-        score_condition(model, batch, other={"caption": other["caption"][:2]})
+    for wrong, message in (
+        ({"caption": other["caption"][:2]}, "other: 3 images, but the conditioner reads 2 conditions"),
+        ({}, "other: this model reads caption"),
+        ({"caption": ["an elephant"] * 3}, "other: not in the vocabulary"),
+        (7, "other should be a batch, a dict"),
+    ):
+        with pytest.raises((LDMError, TypeCheckError), match=message if wrong != 7 else "other"):
+            score_condition(model, batch, other=wrong)
+    with pytest.raises(LDMError, match="batch: this model reads caption"):
+        score_condition(model, {"image": batch["image"]})
+    with pytest.raises(LDMError, match="batch should be a dict with 'image'"):
+        score_condition(model, {"image": [1, 2], "caption": batch["caption"]})
 
 
 def test_a_loss_that_falls_has_a_minus_sign():
@@ -271,7 +281,7 @@ def test_scenes_that_fit_a_caption_are_what_it_says():
             assert [what(thing) for thing in scene.things] == [(t.size, t.colour, t.shape) for t in said.things]
             assert all(relation(scene.things[i], scene.things[j]) == word for i, word, j in said.relations)
     crowd = " and ".join(["a big red ball"] * 12)
-    with pytest.raises(LDMError, match="no scene was found that fits 'a big red ball and"):
+    with pytest.raises(LDMError, match="only 0 of 1 scenes were found that fit 'a big red ball and"):
         evaluation._fitting_scenes(crowd, 1, rng, tries=20)
 
 
@@ -294,11 +304,17 @@ def test_diversity_is_the_mean_distance_of_pairs(model, monkeypatch):
     for n in (0, 1):
         with pytest.raises(LDMError, match=f"n={n} "):
             diversity(model, texts, apart, n=n)
+    with pytest.raises(LDMError, match="captions should be a list of at least 2"):
+        diversity(model, texts[:1], apart)
+    with pytest.raises(LDMError, match="seed=-1"):
+        diversity(model, texts, apart, seed=-1)
+    with pytest.raises(LDMError, match="distance should give one number for each pair"):
+        diversity(model, texts, lambda x, y: (x - y).abs().mean(), n=3)
 
 
 def test_a_condition_needs_two_images_and_a_model_that_has_one(model):
     data = ToyCOCO("validation", length=1)
-    with pytest.raises(LDMError, match="give at least 2"):
+    with pytest.raises(LDMError, match="need at least 2"):
         score_condition(model, collate([data[0]]))
     unet = UNet(4, 4, 64, (1, 2), 1, (1, 2), 32)
     unconditional = LatentDiffusion(model.first_stage, unet, model.schedule, None, 64)
@@ -311,7 +327,7 @@ def test_levels_that_do_not_exist_are_refused(levels, model):
     data = ToyCOCO("validation", length=2)
     with pytest.raises(LDMError, match=f"levels={levels} should be a whole number, 1 to 1000"):
         score_condition(model, collate([data[0], data[1]]), levels=levels)
-    with pytest.raises(LDMError, match="has no 'image'"):
+    with pytest.raises(LDMError, match="batch should be a dict with 'image'"):
         score_condition(model, {"caption": ["a red ball", "a can"]})
 
 

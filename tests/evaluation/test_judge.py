@@ -234,6 +234,20 @@ def test_each_class_of_words_is_counted_apart(found, wrong, monkeypatch):
     assert {word: (share.right, share.n) for word, share in words.items()} == right | wrong
 
 
+@pytest.mark.parametrize("order", [[0, 1], [1, 0]])
+def test_equal_things_are_matched_so_that_relations_hold(order, monkeypatch):
+    """Whichever of them the judge is surer of."""
+    pair = [replace(RED, x=-1.0), replace(RED, x=1.0)]
+    said = "a small red ball left of a small red sphere"
+    found = verdict(said, [pair[i] for i in order])
+    assert found.relations == (True,) and not found.missing and not found.extra
+    assert [thing.x for thing in found.match] == [-1.0, 1.0]
+    alone = verdict(said, pair[:1])
+    assert alone.missing == (what(RED),) and alone.relations == (False,)
+    three = verdict(said, [*pair, replace(RED, x=3.0)])
+    assert len(three.extra) == 1 and three.relations == (True,)
+
+
 def test_a_relation_of_a_missing_thing_says_nothing_about_the_word(monkeypatch):
     """It counts against `relations`, as before, and not against the word."""
     score = shown(monkeypatch, [SAID, SAID], [[RED], [RED, BLUE]])

@@ -208,7 +208,7 @@ def test_a_recipe_of_the_first_version_reads_as_todays(old):
 
 @pytest.mark.parametrize("old", [OLD_TEXT2IMAGE, OLD_KL_F4, OLD_READER, OLD_FEATURES], ids=lambda old: old["name"])
 def test_a_model_of_the_first_version_was_trained_as_its_recipe_says_today(old):
-    """So a run of it goes on with today's recipe: no field has another value, but for those of which it was told why."""
+    """So a run of it goes on with today's recipe: no field has another value, but for those that were changed since."""
     changed = recipe_differences(recipe_from_dict(old), find_recipe(old["name"]))
     if old["name"] == "toy-text2image":  # it did not hear left and right (51_latent_diffusion)
         assert changed.pop("diffusion.prediction") == ("epsilon", "v")

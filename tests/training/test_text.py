@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_runs import differences, of_stages, tiny, train_tiny, weights
+from small_runs import HOW, differences, of_stages, tiny, train_tiny, weights
 
 from ldm_edu.conditioning.text import TextConditioner, split_words
 from ldm_edu.data.toy.captions import RELATIONS, VOCABULARY, relation
@@ -13,9 +13,11 @@ from ldm_edu.data.toy.scenes import COLOURS, SHAPES, SIZES
 from ldm_edu.errors import LDMError
 from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.training.dispatch import train
+from ldm_edu.training.loop import micro_batches
 from ldm_edu.training.recipes import ConditionerRecipe, Training, recipe_from_dict, recipe_to_dict
-from ldm_edu.training.run import RunOptions
-from ldm_edu.training.text import RiddleTask, riddles, share_answered
+from ldm_edu.training.resume import run_stage
+from ldm_edu.training.run import RunOptions, open_run
+from ldm_edu.training.text import RiddleTask, TextStage, riddles, share_answered
 
 LOOKS = {"size": tuple(SIZES), "colour": tuple(COLOURS), "shape": SHAPES}
 
@@ -123,6 +125,56 @@ def test_the_diffusion_model_begins_with_the_trained_text(tmp_path):
     trained, untrained = (m.conditioner.transformer.tokens.weight for m in (model, bare))
     kept = next(v for k, v in state.items() if k.endswith("tokens.weight") and torch.allclose(v, trained, atol=1e-6))
     assert kept is not None and (trained - untrained).abs().max() > 1e-3
+
+
+def test_micro_batches_have_the_gradient_of_the_whole_batch():
+    """Although captions have one to three nouns."""
+    texts = [ToyCOCO("train").describe(i)[1][0] for i in range(16)]
+    task, batch = RiddleTask(small_conditioner()).double(), {"caption": texts, **riddles(texts, 24)}
+
+    def gradient(batches):
+        loss = sum(task(part)[0] for part in batches) / len(batches)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(task.parameters()))])
+
+    for n in (2, 4, 16):
+        torch.testing.assert_close(gradient(micro_batches(batch, n)), gradient([batch]), rtol=1e-9, atol=1e-12)
+
+
+def test_after_the_warm_start_the_conditioner_is_trained_as_without_it(tmp_path):
+    """With its dropout, and what is frozen stays frozen."""
+
+    class Frozen(TextConditioner):
+        def __init__(self, **arguments):
+            super().__init__(**arguments)
+            self.transformer.tokens.requires_grad_(False)
+            self.modes = []
+
+        def forward(self, batch):
+            self.modes.append(self.training)
+            return super().forward(batch)
+
+    recipe = with_text(2)
+    (line,) = recipe.diffusion.conditioners
+    recipe = replace(recipe, diffusion=replace(recipe.diffusion, conditioners=(replace(line, name="Frozen"),)))
+    run = open_run(recipe, tmp_path / "run", RunOptions(**HOW))
+    stage = TextStage(recipe, run, {})
+    before = stage.task.conditioner.transformer.tokens.weight.clone()
+    conditioner = stage.finish(run_stage(run, stage)[0])
+    run.close()
+    assert conditioner.training and not conditioner.transformer.tokens.weight.requires_grad
+    assert conditioner.transformer.positions.weight.requires_grad
+    assert torch.equal(conditioner.transformer.tokens.weight, before)
+
+
+def test_a_caption_that_is_too_long_is_named():
+    with pytest.raises(LDMError, match="at most 5 words, this one has 9: 'a small red ball"):
+        riddles(["a small red ball and a big blue box"], 5)
+
+
+def test_a_recipe_of_photographs_has_no_riddles(tmp_path):
+    with pytest.raises(LDMError, match="dataset should be 'toy'"):
+        train(replace(with_text(), dataset="folder"), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
