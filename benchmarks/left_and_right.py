@@ -146,7 +146,7 @@ def learn(recipe: Recipe, half: bool, folder: Path, steps: int, asked: Mapping[s
 def cost(answer: list[float]) -> str:
     """What a swapped word costs, in percent of what it costs to have no caption at all."""
     _, other, null, _ = answer
-    return f"{100 * other / null:.0f} %"
+    return f"{round(100 * other / null)} %"
 
 
 def table(results: Mapping[str, Any]) -> str:

@@ -158,9 +158,7 @@ class NoiseSchedule(NoiseLevels):
         t: Int[Tensor, "b"],
     ) -> tuple[Float[Tensor, "b *shape"], Float[Tensor, "b *shape"]]:
         "The clean samples and the noise that follow from a prediction (eq. 14)."
-        check_like(
-            "prediction", prediction, "x_t", check_tensor("x_t", x_t, ("b", "..."))
-        )  # else it might be broadcast
+        check_like("prediction", prediction, "x_t", check_tensor("x_t", x_t, ("b", "...")))
         alpha, sigma = per_sample(self.alpha, t, x_t), per_sample(self.sigma, t, x_t)
         if self.prediction == "epsilon":
             return (x_t - sigma * prediction) / alpha, prediction

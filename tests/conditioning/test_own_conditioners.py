@@ -130,7 +130,7 @@ def test_it_resumes_exactly(tmp_path):
 
     run = open_run(recipe(*lines, steps=3), tmp_path / "broken", OPTIONS)
     with pytest.raises(RuntimeError, match="power"):
-        run_stage(run, Mortal(recipe(*lines, steps=3), run, straight.first_stage))
+        run_stage(run, Mortal(recipe(*lines, steps=3), run, {"first_stage": straight.first_stage}))
     run.close()
     assert load_tensors(tmp_path / "broken" / "diffusion.safetensors")["step"] == 2
     resumed = train(recipe(*lines, steps=3), tmp_path / "broken", replace(OPTIONS, resume=True))

@@ -106,7 +106,7 @@ def test_batches_are_pictures_latents_and_captions_that_belong_together(tmp_path
     assert first["step"] == 3
 
     first_stage = stage.finish(stage.task.eval())
-    second = DiffusionStage(recipe, run, first_stage).batch(3)
+    second = DiffusionStage(recipe, run, {"first_stage": first_stage}).batch(3)
     seen = batch_indices(recipe.seed + 1, 3, 4, 24)
     random = step_randomness(recipe.seed + 1, 3, seen, shape)
     assert len(second["caption"]) == 4
@@ -334,7 +334,7 @@ def stage_of(kind: str, folder, cache_dir, **options):
     first = FirstStageStage(recipe, run)
     if kind != "diffusion":
         return run, first
-    return run, DiffusionStage(recipe, run, first.finish(first.task.eval()))
+    return run, DiffusionStage(recipe, run, {"first_stage": first.finish(first.task.eval())})
 
 
 KINDS = ("diffusion", "kl", "vq")
