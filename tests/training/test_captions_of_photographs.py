@@ -103,7 +103,7 @@ def test_a_resumed_run_has_the_same_words(tmp_path):
 
 def test_toy_words_do_not_read_coco(tmp_path):
     """A strict tokenizer says which words it lacks, before anything is written."""
-    recipe = replace(find_recipe("toy-text2image"), dataset="coco", size=64)
+    recipe = replace(find_recipe("toy-text2image"), dataset="coco", size=64, text=None)
     with pytest.raises(LDMError, match="not in the vocabulary: .*man"):
         train(recipe, tmp_path / "run", RunOptions(data_dir=small_coco(tmp_path / "data")))
     assert not (tmp_path / "run").exists()
