@@ -358,6 +358,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    'ldm_edu/diffusion/schedule.py'),
                                             'ldm_edu.diffusion.schedule._like': ( '2_diffusion/diffusion.html#_like',
                                                                                   'ldm_edu/diffusion/schedule.py'),
+                                            'ldm_edu.diffusion.schedule.cosine': ( '2_diffusion/diffusion.html#cosine',
+                                                                                   'ldm_edu/diffusion/schedule.py'),
                                             'ldm_edu.diffusion.schedule.diffusion_loss': ( '2_diffusion/diffusion.html#diffusion_loss',
                                                                                            'ldm_edu/diffusion/schedule.py'),
                                             'ldm_edu.diffusion.schedule.per_sample': ( '2_diffusion/diffusion.html#per_sample',

@@ -387,7 +387,8 @@ def evaluate(
     varied: Annotated[
         int,
         typer.Option(
-            min=0, help="of how many of these captions four images are drawn, to measure diversity; 0: of none"
+            min=0,
+            help="of how many of these captions four images are drawn, to measure diversity: at least 2; 0: of none",
         ),
     ] = 64,
     write: Annotated[
@@ -400,6 +401,8 @@ def evaluate(
     Beside each score stands its ceiling: the same for the true scenes, sent through the model's first stage.
     """
     _check_sampling(steps, scale)
+    if varied == 1:
+        raise LDMError("--varied 1: diversity is a mean over captions, so it needs at least 2; 0 leaves it out")
     splits = split or ["test", "unseen_pairs"]
     for name in splits:
         _check_split(name)
@@ -423,8 +426,7 @@ def evaluate(
         ceiling = score_reconstructions(diffusion, reader, name, n)
         typer.echo(f"{name}, {n} captions, scale {scale:g}, {steps} DDIM steps\n{_beside(score, ceiling)}")
         scores[name] = {"drawn": score.rows(), "ceiling": ceiling.rows()}
-    some = captions[splits[0]][:varied]
-    if len(some) > 1:  # a mean over captions
+    if len(some := captions[splits[0]][:varied]) > 1:
         drawn, true = diversity(diffusion, some, toy.distance, 4, scale, steps)
         typer.echo(
             f"diversity of {len(some)} captions of {splits[0]}: {drawn}, of scenes that fit them {true} "

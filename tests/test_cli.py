@@ -260,6 +260,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(command, out, s
         (["sample", PROMPT, "--seed", str(2**32 - 1), "--n", "2"], "--seed=4294967295 should be"),
         (["evaluate", "--scale", "nan", "--write"], "--scale=nan should be a finite number"),
         (["evaluate", "--n", "1000000000"], "n=1000000000: split 'test' has 1 to 50000 captions"),
+        (["evaluate", "--varied", "1"], "--varied 1: diversity is a mean over captions, so it needs at least 2"),
         (["evaluate", "--steps", "-3"], "--steps=-3 should be a whole number"),
         (["evaluate", "--split", "train"], "--split train: a model is judged by what it has not seen: validation, "),
         (["evaluate", "--write"], "--write: toy-text2image is no folder of a model"),

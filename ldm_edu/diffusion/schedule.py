@@ -9,6 +9,7 @@ __all__ = ['SCHEDULES', 'PREDICTIONS', 'scaled_linear', 'NoiseLevels', 'per_samp
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from math import pi
 from typing import Any
 
 import torch
@@ -28,9 +29,22 @@ def scaled_linear(
     'Betas whose *square roots* are evenly spaced; the paper\'s tables and the released code call this "linear".'
     return torch.linspace(beta_start**0.5, beta_end**0.5, T, dtype=torch.float64, device="cpu") ** 2
 
+# %% ../../nbs/2_diffusion/21_diffusion.ipynb #d6bb7276
+def cosine(
+    T: int,  # number of noise levels
+    beta_start: float = 0.0,  # not used: the curve has no ends to choose
+    beta_end: float = 0.0,  # not used
+) -> Float[Tensor, "T"]:
+    "Betas of the cosine schedule (Nichol and Dhariwal 2021, eq. 17), cut at 0.999."
+    angle = (
+        (torch.arange(T + 1, dtype=torch.float64, device="cpu") / T + 0.008) / 1.008 * (pi / 2)
+    )  # at t = 0, 1, ..., T
+    f = angle.cos() ** 2
+    return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #16ffc2f6
 # the schedules that `NoiseLevels.kind` can name
-SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {"scaled_linear": scaled_linear}
+SCHEDULES: dict[str, Callable[[int, float, float], Tensor]] = {"scaled_linear": scaled_linear, "cosine": cosine}
 
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #cfd99531
 def _known(name: str, value: str, known: Collection[str]) -> None:
@@ -45,8 +59,8 @@ class NoiseLevels:
 
     T: int = 1000  # number of levels (tables 12 to 15)
     kind: str = "scaled_linear"  # shape of the curve of betas: a key of SCHEDULES
-    beta_start: float = 0.0015  # variance added by the first step (most released configurations)
-    beta_end: float = 0.0195  # variance added by the last step
+    beta_start: float = 0.0015  # variance added by the first step (most released configurations); not for "cosine"
+    beta_end: float = 0.0195  # variance added by the last step; not for "cosine"
 
     def __post_init__(self):
         _known("kind", self.kind, SCHEDULES)

@@ -91,10 +91,12 @@ def score_condition(
         t = torch.full((b,), int((k + 0.5) * model.schedule.T / levels), device=image.device)
         eps = noise.noise(z.shape[1:]).to(z)
         x_t, target = model.schedule.q_sample(z, t, eps), model.schedule.target(z, eps, t)
-        said = {name: model.unet(x_t, t, cond) for name, cond in conditions.items()}
+        said = {
+            name: model.unet(x_t, t, cond).float() for name, cond in conditions.items()
+        }  # in bf16, changes round to 0
         for name, prediction in said.items():
-            losses[name] += (prediction - target).square().flatten(1).mean(1).float().cpu() / levels
-        moved += (said["other"] - said["own"]).square().flatten(1).mean(1).float().cpu() / levels
+            losses[name] += (prediction - target).square().flatten(1).mean(1).cpu() / levels
+        moved += (said["other"] - said["own"]).square().flatten(1).mean(1).cpu() / levels
     more = {name: Mean.of(values - losses["own"], digits=5) for name, values in losses.items()}
     own, change = Mean.of(losses["own"], digits=5), Mean.of(moved.sqrt(), digits=5)
     return ConditionScores(own, more["other"], more.get("null"), change, b)

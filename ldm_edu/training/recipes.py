@@ -488,7 +488,10 @@ def _build(cls: type, values: Mapping[str, Any]) -> Any:
         if name == "conditioners" and isinstance(value, list | tuple):
             value = [_build(ConditionerRecipe, each) if isinstance(each, Mapping) else each for each in value]
         elif name in _PARTS and isinstance(value, Mapping):
-            value = _build(_PARTS[name], value)
+            try:
+                value = _build(_PARTS[name], value)
+            except (LDMError, TypeError) as error:
+                raise type(error)(f"{name}: {error}") from error
         arguments[name] = tuple(value) if isinstance(value, list) else value
     check_fields(cls, arguments)
     check_count("seed", arguments.get("seed", 0), 0, MOST_SEED - 1)  # the second stage is seeded with seed + 1

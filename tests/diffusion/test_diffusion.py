@@ -531,3 +531,25 @@ def test_floor_of_one_gaussian():
     power = (s.alpha[t].item() * width) ** 2
     assert floor.item() == pytest.approx(power / (power + s.sigma[t].item() ** 2), abs=0.01)
     assert math.isfinite(floor)
+
+
+@pytest.mark.parametrize("T", [1, 7, 50, 1000])
+def test_the_cosine_schedule_is_that_of_diffusers(T):
+    theirs = DDPMScheduler(num_train_timesteps=T, beta_schedule="squaredcos_cap_v2").betas
+    torch.testing.assert_close(NoiseLevels(T=T, kind="cosine").betas.float(), theirs)
+
+
+@pytest.mark.parametrize("name", list(SAMPLERS))
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_samplers_reach_a_known_image_on_the_cosine_schedule(name, prediction):
+    schedule = NoiseSchedule(kind="cosine", prediction=prediction)
+    x0 = torch.randn(2, 3, 4, 4, generator=rng(0), dtype=torch.float64)
+
+    def oracle(x_t, t, cond=None):
+        noise = (x_t - per_sample(schedule.alpha, t, x_t) * x0) / per_sample(schedule.sigma, t, x_t)
+        return schedule.target(x0, noise, t)
+
+    x_T = torch.randn(x0.shape, generator=rng(1), dtype=torch.float64)
+    end = last(SAMPLERS[name](oracle, x_T, schedule, 10, noise=SeededNoise(range(2))))
+    torch.testing.assert_close(end, x0, rtol=1e-4, atol=1e-4)
+    assert NoiseSchedule(**schedule.config) == schedule

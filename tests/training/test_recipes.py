@@ -72,6 +72,14 @@ def test_the_discriminator_of_a_recipe_survives_json():
     assert recipe_differences(recipe, tiny_autoencoder(start=4)) == {"first_stage.adversarial.start": (3, 4)}
 
 
+def test_an_error_inside_a_recipe_says_where():
+    values = recipe_to_dict(find_recipe("toy-text2image"))
+    with pytest.raises(LDMError, match="^text: steps=0 must be"):
+        recipe_from_dict(values | {"text": values["text"] | {"steps": 0}})
+    with pytest.raises(LDMError, match="^not a whole recipe: text: .*missing.*'lr'"):
+        recipe_from_dict(values | {"text": {"steps": 3, "batch_size": 2}})
+
+
 def test_a_mistyped_recipe_gets_the_nearest_name():
     with pytest.raises(
         LDMError, match="unknown recipe 'toy-text2img'; known: toy-text2image.*did you mean 'toy-text2image'"
