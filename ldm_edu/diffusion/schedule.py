@@ -36,10 +36,8 @@ def cosine(
     beta_end: float = 0.0,  # not used
 ) -> Float[Tensor, "T"]:
     "Betas of the cosine schedule (Nichol and Dhariwal 2021, eq. 17), cut at 0.999."
-    angle = (
-        (torch.arange(T + 1, dtype=torch.float64, device="cpu") / T + 0.008) / 1.008 * (pi / 2)
-    )  # at t = 0, 1, ..., T
-    f = angle.cos() ** 2
+    t = torch.arange(T + 1, dtype=torch.float64, device="cpu")  # 0 is the clean image
+    f = ((t / T + 0.008) / 1.008 * (pi / 2)).cos() ** 2
     return (1 - f[1:] / f[:-1]).clamp(max=0.999)
 
 # %% ../../nbs/2_diffusion/21_diffusion.ipynb #16ffc2f6

@@ -91,9 +91,8 @@ def score_condition(
         t = torch.full((b,), int((k + 0.5) * model.schedule.T / levels), device=image.device)
         eps = noise.noise(z.shape[1:]).to(z)
         x_t, target = model.schedule.q_sample(z, t, eps), model.schedule.target(z, eps, t)
-        said = {
-            name: model.unet(x_t, t, cond).float() for name, cond in conditions.items()
-        }  # in bf16, changes round to 0
+        # In float32: in bf16, small changes round to 0.
+        said = {name: model.unet(x_t, t, cond).float() for name, cond in conditions.items()}
         for name, prediction in said.items():
             losses[name] += (prediction - target).square().flatten(1).mean(1).cpu() / levels
         moved += (said["other"] - said["own"]).square().flatten(1).mean(1).cpu() / levels
