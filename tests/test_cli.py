@@ -100,7 +100,7 @@ def test_scores_become_a_part_of_the_model(tmp_path):
     words = ["evaluate", tmp_path / "model", "--n", 4, "--steps", 2, "--choose", "--write", "--device", "cpu"]
     result = run(*words)
     assert result.exit_code == 0, result.output
-    assert "every thing of the caption" in result.output and "judge, drawn" in result.output
+    assert "every thing of the caption" in result.output and "judge, rendered" in result.output
     after = json.loads((tmp_path / "model" / "config.json").read_text())
     scores = after["provenance"].pop("scores")
     before["provenance"].pop("scores", None)

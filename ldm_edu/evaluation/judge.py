@@ -8,6 +8,7 @@ __all__ = ['reader_targets', 'Reading', 'decide', 'SceneReader', 'reader_loss', 
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #89c9909a
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations, product
@@ -273,14 +274,14 @@ class Verdict:
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #84dc7cdd
 def _matches(wanted: Sequence[Named], found: Sequence[Thing]) -> Iterator[list[Thing | None]]:
     "All ways to match things of a caption with what was found: several, where a caption names equal things."
-    choices = []
-    for kind in dict.fromkeys(wanted):
-        room = wanted.count(kind)
-        same = [thing for thing in found if what(thing) == kind][:room]  # the surest ones
-        choices.append([(kind, picked) for picked in permutations([*same, *[None] * (room - len(same))])])
-    for way in product(*choices):
-        left = {kind: iter(picked) for kind, picked in way}
-        yield [next(left[kind]) for kind in wanted]
+    named = Counter(wanted)
+    candidates = {}
+    for kind, count in named.items():
+        surest = [thing for thing in found if what(thing) == kind][:count]
+        candidates[kind] = surest + [None] * (count - len(surest))  # None: missing
+    for orders in product(*map(permutations, candidates.values())):
+        next_of = {kind: iter(order) for kind, order in zip(candidates, orders)}
+        yield [next(next_of[kind]) for kind in wanted]
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #848a42f7
 def verdict(caption: str, found: Sequence[Thing]) -> Verdict:

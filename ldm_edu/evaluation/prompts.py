@@ -86,7 +86,7 @@ def score_prompts(
 def choose_scale(
     model: LatentDiffusion,
     reader: SceneReader,
-    scales: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    scales: Sequence[float] = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0),
     n: int = 256,  # captions
     steps: int = 50,  # denoising steps (DDIM)
     split: str = "validation",

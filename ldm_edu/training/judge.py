@@ -114,9 +114,9 @@ def reader_scores(
     first_stages: Mapping[str, FirstStage],
     n: int = 1024,  # scenes of each split
 ) -> dict[str, str]:
-    "Shares of images that the judge reads without any error, with intervals: drawn ones, and reconstructions of them."
+    "Shares of images that the judge reads without any error, with intervals: rendered, and reconstructed."
     scores, of_reconstructions = {}, []
-    for name, split in (("drawn", "test"), ("unseen pairs", "unseen_pairs")):
+    for name, split in (("rendered", "test"), ("unseen pairs", "unseen_pairs")):
         images, scenes = draw_scenes(split, n)
         scores[name] = reader_accuracy(reader, images, scenes)
         for first_stage in first_stages.values():
@@ -129,7 +129,7 @@ def reader_scores(
 
 # %% ../../nbs/workshop/judge_training.ipynb #45f84288
 def cached_images(dataset: ToyCOCO | ToyCelebA, name: str, run: Run) -> SampleCache:
-    "The samples of a toy data set from the cache, drawn by one process the first time."
+    "The samples of a toy data set from the cache, rendered by one process the first time."
     return cached_dataset(run, dataset, None, f"{name}-{dataset.split}")
 
 
@@ -159,7 +159,7 @@ def reader_sources(recipe: ReaderRecipe) -> list[ToyCOCO]:
 
 # %% ../../nbs/workshop/judge_training.ipynb #6a577bf1
 class ReaderStage(Stage):
-    "A judge of toy scenes, trained on drawn images and on reconstructions of them."
+    "A judge of toy scenes, trained on rendered images and on reconstructions of them."
 
     def __init__(
         self,

@@ -118,7 +118,7 @@ def test_the_heat_is_one_at_a_middle_and_nowhere_more():
 
 def test_a_reader_survives_its_file(tmp_path):
     reader = SceneReader((16, 24, 32)).eval()
-    reader.provenance = {"scores": {"drawn": "none"}}
+    reader.provenance = {"scores": {"rendered": "none"}}
     reader.save_pretrained(tmp_path / "reader")
     again = SceneReader.from_pretrained(tmp_path / "reader")
     x = torch.randn(2, 3, 64, 64)

@@ -86,7 +86,7 @@ def test_targets_survive_being_kept_small():
 @pytest.mark.parametrize("recipe", [SCENE_READER, TOY_FEATURES], ids=lambda recipe: recipe.name)
 def test_a_run_that_was_stopped_ends_with_the_same_weights(recipe, tmp_path, monkeypatch):
     how = RunOptions(device="cpu", precision="fp32", every=2, cache_dir=tmp_path / "cache")
-    monkeypatch.setattr(module, "reader_scores", lambda reader, stages, n=1024: {"drawn": "not asked here"})
+    monkeypatch.setattr(module, "reader_scores", lambda reader, stages, n=1024: {"rendered": "not asked here"})
     straight = train(tiny(recipe), tmp_path / "straight", how)
     whole = module.batch_indices
 
@@ -116,7 +116,7 @@ def test_what_was_measured_is_in_the_config(tmp_path):
     config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
     assert "n = 32" in config["provenance"]["scores"]["reconstructions"]  # 8 of each split, through each first stage
     assert config["provenance"]["steps"] == 4 and set(config["provenance"]["scores"]) == {
-        "drawn",
+        "rendered",
         "unseen pairs",
         "reconstructions",
     }
@@ -125,7 +125,7 @@ def test_what_was_measured_is_in_the_config(tmp_path):
 
 def test_an_untrained_judge_reads_nothing_right():
     scores = reader_scores(SceneReader((8, 8, 8)).eval(), {}, n=8)
-    assert scores["drawn"].startswith("0.0 %") and "n = 0" in scores["reconstructions"]
+    assert scores["rendered"].startswith("0.0 %") and "n = 0" in scores["reconstructions"]
 
 
 def test_naming_counts_presence_and_absence_apart():
