@@ -136,7 +136,9 @@ class ReaderNetwork(nn.Module):
         up32 = self.up32(torch.cat([F.interpolate(up16, scale_factor=2.0), at32], 1))
         middle, shape, colour, size, place = self.things(up16).float().split(self.parts, 1)
         segmentation, depth = self.dense(up32).float().split([len(SEGMENTS), 1], 1)
-        return Reading(middle[:, 0], shape, colour, size, place, segmentation, 7 + 2 * depth)  # depths lie around 7
+        return Reading(
+            middle[:, 0], shape, colour, size, place, segmentation, 7 + 2 * depth
+        )  # things stand 6 to 9 away
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #1185fe57
 class SceneReader(Part, ReaderNetwork):

@@ -202,7 +202,7 @@ class DiffusionRecipe(Trained):
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #4dbc03ae
 @dataclass(frozen=True)
 class Recipe(Trained):
-    "Everything that decides the result of a run."
+    "Everything that is chosen about a model."
 
     name: str  # what `ldm-edu train` is given
     about: str  # one line for the list
@@ -232,14 +232,14 @@ TOY_TEXT2IMAGE = Recipe(
     dataset="toy",
     size=64,
     first_stage=FirstStageRecipe(
-        # The warm-up of this average ends at step 4,490, about half-way (53_training).
+        # The EMA begins with a smaller decay, which reaches 0.998 at step 4,490 (53_training).
         training=Training(steps=8000, batch_size=8, lr=2e-3, ema=0.998, images=20_000, held_out=64),
     ),
     diffusion=DiffusionRecipe(
         training=Training(steps=14_000, batch_size=64, lr=1e-3, warmup=300, images=50_000),
         blocks=1,
         conditioners=(TOY_TEXT,),
-        prediction="v",  # where things stand is decided at levels whose ε says nearly nothing about x₀ (51)
+        prediction="v",  # places are decided at levels whose ε says nearly nothing about x₀ (21); measured on 51
     ),
     text=Training(steps=2000, batch_size=64, lr=1e-3, ema=0.99, images=50_000),  # without it, left is not heard (51)
 )
