@@ -220,6 +220,7 @@ def test_a_model_of_the_first_version_was_trained_as_its_recipe_says_today(old):
     changed = recipe_differences(recipe_from_dict(old), find_recipe(old["name"]))
     if old["name"] == "toy-text2image":  # it did not hear left and right (51_latent_diffusion)
         assert changed.pop("diffusion.prediction") == ("epsilon", "v")
+        assert changed.pop("diffusion.schedule") == ("scaled_linear", "cosine")
         assert changed.pop("diffusion.training.steps")[0] == 10_000
         warm = {name: changed.pop(name) for name in list(changed) if name.startswith("text.")}
         assert len(warm) > 10 and {before for before, _ in warm.values()} == {None}
