@@ -105,7 +105,7 @@ def test_scores_become_a_part_of_the_model(tmp_path):
     scores = after["provenance"].pop("scores")
     before["provenance"].pop("scores", None)
     assert after == before
-    assert scores["steps"] == 2 and str(scores["scale"]) in scores["choice"] and len(scores["choice"]) == 6
+    assert scores["steps"] == 2 and str(scores["scale"]) in scores["choice"] and len(scores["choice"]) == 7
     for split in ("test", "unseen_pairs"):
         drawn, ceiling = scores[split]["drawn"], scores[split]["ceiling"]
         assert drawn.keys() == ceiling.keys() >= {"every thing of the caption", "number", "colour", "left", "behind"}
