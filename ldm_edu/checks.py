@@ -198,6 +198,30 @@ def check_levels(name: str, values: Any) -> None:
         check_count(f"each of {name}: {name}", value)
 
 
+def check_captions(name: str, value: Any) -> Sequence[str]:
+    "`value` as it is; LDMError where it is no list of captions, or an empty one."
+    if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+        raise LDMError(f"{name} should be a list of captions, not {shown(value)}")
+    if not value:
+        raise LDMError(f"{name} is empty: at least one caption is needed")
+    if wrong := [caption for caption in value if not isinstance(caption, str)]:
+        raise LDMError(f"each of {name} should be a text, not {shown(wrong[0])}")
+    return value
+
+
+def check_factors(
+    attention_factors: Sequence[int],  # levels with attention, as downsampling factors
+    multipliers: Sequence[int],  # one for each level
+) -> None:
+    "LDMError where attention is asked for on a level that does not exist."
+    factors = [2**level for level in range(len(multipliers))]
+    if not set(attention_factors) <= set(factors):
+        raise LDMError(
+            f"attention_factors={tuple(attention_factors)} must be among {factors}, the downsampling factors of the "
+            f"{len(factors)} levels of multipliers={tuple(multipliers)} (factors, not sizes of the map)"
+        )
+
+
 def like_weights(
     name: str,  # of the argument
     value: Tensor,

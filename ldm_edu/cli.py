@@ -27,6 +27,7 @@ from typer.core import TyperGroup
 
 from ldm_edu.start import let_ctrl_c_end
 from ldm_edu.basics import pick_device
+from ldm_edu.checkpoints import PRETRAINED
 from ldm_edu.checks import MOST_SEED, check_count, check_number
 from ldm_edu.data.download import TERMS, accept_terms, check_request, download_celeba, download_coco, terms_accepted
 from ldm_edu.data.registry import open_dataset
@@ -218,8 +219,9 @@ def _check_split(split: str) -> None:
 @app.command()
 def recipes() -> None:
     "List the recipes that `ldm-edu train` accepts."
+    width = max(map(len, RECIPES))
     for recipe in RECIPES.values():
-        typer.echo(f"{recipe.name:16s} {recipe.about} ({recipe.steps:,} steps)")
+        typer.echo(f"{recipe.name:{width}s}  {recipe.about} ({recipe.steps:,} steps)")
 
 
 @app.command()
@@ -356,7 +358,7 @@ def train(
 
 
 def _write_scores(folder: Path, scores: Mapping[str, Any]) -> None:
-    "Add scores to the provenance in a model's config.json."
+    "Put scores into the provenance in a model's config.json, in place of earlier ones."
     config = load_json(folder / "config.json")
     before = config.get("provenance", config.pop("made", None)) or {}  # version 0.1.0 wrote it under the name "made"
     config["provenance"] = before | {"scores": dict(scores)}
@@ -381,7 +383,10 @@ def evaluate(
     ] = None,
     scale: Annotated[float, typer.Option(help="guidance scale")] = 3.0,
     choose: Annotated[
-        bool, typer.Option(help="first choose the scale, on half as many captions of the validation split")
+        bool,
+        typer.Option(
+            help="first choose the scale, on half as many captions of the validation split; --scale is not used then"
+        ),
     ] = False,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
     varied: Annotated[
@@ -407,8 +412,14 @@ def evaluate(
     for name in splits:
         _check_split(name)
     captions = {name: captions_of(name, n) for name in splits}
+    if choose and "validation" in splits:
+        raise LDMError("--choose looks at captions of validation, so --split validation would measure on the same ones")
     if write and not (place(model) / "config.json").is_file():
-        raise LDMError(f"--write: {model} is no folder of a model, and the shipped checkpoints are not changed")
+        raise LDMError(f"--write: {model} is no folder of a model on this machine")
+    if write and place(model).resolve().is_relative_to(PRETRAINED.resolve()):
+        raise LDMError(
+            f"--write: {model} ships with the package, and shipped checkpoints are not changed: copy it first"
+        )
     if write:
         probe(place(model) / "config.json")
     where = _chosen_device(device)

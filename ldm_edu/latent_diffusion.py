@@ -115,6 +115,8 @@ def _requests(
     if not isinstance(prompts, Mapping | Sequence) or isinstance(prompts, bytes):
         raise LDMError(f"prompts: {prompts!r} is neither captions nor a batch; n is the number of images")
     batch = dict(prompts) if isinstance(prompts, Mapping) else {"caption": list(prompts)}
+    if none := [key for key in keys if key in batch and not hasattr(batch[key], "__len__")]:
+        raise LDMError(f"prompts: {none[0]} should have an entry for each image, not {batch[none[0]]!r}")
     counts = {key: len(batch[key]) for key in keys if key in batch}
     count = next(iter(counts.values()), n or 1)
     if not count:

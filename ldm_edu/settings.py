@@ -27,8 +27,8 @@ PROFILES: dict[str, dict[str, int | None]] = {
 _DATASETS = ("toy", "celeba", "coco")  # toy: drawn on the spot, nothing to download
 
 # %% ../nbs/workshop/settings.ipynb #866dfb04
-def _capped(n: int, cap: int | None) -> int:
-    return n if cap is None else min(n, cap)
+def _capped(n: int, cap: int | None, times: int = 1) -> int:
+    return n if cap is None else min(n, cap * times)
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,13 @@ class Settings:
     max_images: int | None = None  # most images that a cell reads, draws or scores
     max_sampling_steps: int | None = None  # most steps of one sampler
 
-    def steps(self, n: int) -> int:
-        "`n` training steps, or as many as the profile allows."
-        return _capped(n, self.max_steps)
+    def steps(self, n: int, times: int = 1) -> int:
+        "`n` training steps, or `times` as many as the profile allows: more than 1 where a picture is the point."
+        return _capped(n, self.max_steps, times)
 
-    def images(self, n: int, dataset: Sized | None = None) -> int:
-        "`n` images, or as many as the profile allows and, where one is given, the data set has."
-        return _capped(n if dataset is None else min(n, len(dataset)), self.max_images)
+    def images(self, n: int, dataset: Sized | None = None, times: int = 1) -> int:
+        "`n` images, or `times` as many as the profile allows and, where one is given, the data set has."
+        return _capped(n if dataset is None else min(n, len(dataset)), self.max_images, times)
 
     def sampling_steps(self, n: int) -> int:
         "`n` denoising steps, or as many as the profile allows."

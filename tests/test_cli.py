@@ -264,6 +264,8 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(command, out, s
         (["evaluate", "--steps", "-3"], "--steps=-3 should be a whole number"),
         (["evaluate", "--split", "train"], "--split train: a model is judged by what it has not seen: validation, "),
         (["evaluate", "--write"], "--write: toy-text2image is no folder of a model"),
+        (["evaluate", str(PRETRAINED / "toy-text2image"), "--write"], "ships with the package"),
+        (["evaluate", "--choose", "--split", "validation"], "--split validation would measure on the same ones"),
         (["reconstruct", "--split", "train"], "--split train: a model is judged by what it has not seen"),
         (["reconstruct", "--size", "100000"], "--size=100000 should be a whole number, 1 to 2048"),
         (["reconstruct", "--size", "2048"], "--n 256, --size 2048: so many images of that size need more than 4 GiB"),

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..checkpoints import Part
-from ..checks import check_counts, check_device, check_levels, check_map, check_number
+from ..checks import check_counts, check_device, check_factors, check_levels, check_map, check_number
 from ..checks import check_timesteps, like_weights
 from .attention import AttentionBlock, SpatialTransformer, zero_init
 from ..errors import LDMError
@@ -123,19 +123,6 @@ def up_plan(
             plan.append(Stage("res", c + skips.pop(), level.c_out, factor, level.attention, up))
             c = level.c_out
     return plan
-
-# %% ../../nbs/3_denoiser/32_unet.ipynb #fbe02238
-def check_factors(
-    attention_factors: Sequence[int],  # levels with attention, as downsampling factors
-    multipliers: Sequence[int],  # one per level
-) -> None:
-    "LDMError where attention is asked for on a level that does not exist."
-    factors = [2**level for level in range(len(multipliers))]
-    if not set(attention_factors) <= set(factors):
-        raise LDMError(
-            f"attention_factors={tuple(attention_factors)} must be among {factors}, the downsampling factors of the "
-            f"{len(factors)} levels of multipliers={tuple(multipliers)} (factors, not sizes of the map)"
-        )
 
 # %% ../../nbs/3_denoiser/32_unet.ipynb #c7d9326b
 class TimestepEmbedSequential(nn.Sequential):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ldm_edu.basics import progress
-from ldm_edu.checks import MOST_SEED, check_count, shown
+from ldm_edu.checks import MOST_SEED, check_count, check_images, shown
 from ldm_edu.conditioning.condition import Condition
 from ldm_edu.diffusion.sampling import SeededNoise
 from ldm_edu.errors import LDMError
@@ -80,6 +80,7 @@ def score_condition(
     image = batch.get("image") if isinstance(batch, Mapping) else None
     if not isinstance(image, Tensor):
         raise LDMError(f"batch should be a dict with 'image' (b, 3, h, w), not {shown(batch)}")
+    check_images("batch['image']", image)
     if (b := len(image)) < 2:
         raise LDMError(f"batch: has {b} image, but errors of means and the condition of another image need at least 2")
     image = image.to(model.device)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoints import Part
-from ..checks import check_count, check_images
+from ..checks import check_captions, check_count, check_images
 from ..data.toy.captions import RELATIONS, Named, read_caption, relation
 from ..data.toy.scenes import COLOURS, HEIGHT, SEGMENTS, SHAPES, SIZES, Scene, Thing, project, truth
 from ..errors import LDMError
@@ -246,6 +246,8 @@ class Share:
         return float(found.low), float(found.high)
 
     def __str__(self) -> str:
+        if not self.n:
+            return "no case"
         low, high = self.interval
         return f"{100 * self.share:.1f} % ({100 * low:.1f} to {100 * high:.1f}, n = {self.n})"
 
@@ -274,14 +276,22 @@ class Verdict:
     match: tuple[Thing | None, ...]  # for each thing of the caption, the one of `found` that it is; None: missing
 
 # %% ../../nbs/5_latent_diffusion/54_judge.ipynb #84dc7cdd
+def _orders(surest: Sequence[Thing], count: int) -> Iterator[list[Thing | None]]:
+    "All ways to give `count` equal things of a caption those that were found; the rest is missing: None."
+    for places in permutations(range(count), len(surest)):
+        order: list[Thing | None] = [None] * count
+        for place, thing in zip(places, surest):
+            order[place] = thing
+        yield order
+
+
 def _matches(wanted: Sequence[Named], found: Sequence[Thing]) -> Iterator[list[Thing | None]]:
     "All ways to match things of a caption with what was found: several, where a caption names equal things."
     named = Counter(wanted)
-    candidates = {}
-    for kind, count in named.items():
-        surest = [thing for thing in found if what(thing) == kind][:count]
-        candidates[kind] = surest + [None] * (count - len(surest))  # None: missing
-    for orders in product(*map(permutations, candidates.values())):
+    candidates = {
+        kind: _orders([thing for thing in found if what(thing) == kind][:count], count) for kind, count in named.items()
+    }
+    for orders in product(*candidates.values()):
         next_of = {kind: iter(order) for kind, order in zip(candidates, orders)}
         yield [next(next_of[kind]) for kind in wanted]
 
@@ -294,7 +304,8 @@ def verdict(caption: str, found: Sequence[Thing]) -> Verdict:
         pairs = [(match[i], word, match[j]) for i, word, j in description.relations]
         return tuple(a is not None and b is not None and relation(a, b) == word for a, word, b in pairs)
 
-    match = max(_matches(description.things, found), key=lambda match: sum(relations(match)))
+    matches = _matches(description.things, found)
+    match = max(matches, key=lambda match: sum(relations(match))) if description.relations else next(matches)
     missing = tuple((w.size, w.colour, w.shape) for w, thing in zip(description.things, match) if thing is None)
     extra = tuple(thing for thing in found if not any(thing is other for other in match))
     return Verdict(caption, tuple(found), missing, extra, relations(match), tuple(match))
@@ -355,7 +366,8 @@ def prompt_accuracy(
     reader: SceneReader,
 ) -> PromptAccuracy:
     "Judge images by their captions; `LDMError` unless there is one caption for each image."
-    if len(images) != len(captions) or not captions:
+    check_captions("captions", captions)
+    if len(images) != len(captions):
         raise LDMError(f"one caption for each image is needed: {len(images)} images, {len(captions)} captions")
     verdicts = tuple(verdict(text, found) for text, found in zip(captions, reader.read(images)))
     wanted = sum(len(read_caption(text).things) for text in captions)

@@ -6,7 +6,7 @@
 __all__ = ['captions_of', 'draw_captions', 'score_reconstructions', 'score_prompts', 'choose_scale', 'diversity']
 
 # %% ../../nbs/5_latent_diffusion/55_evaluation.ipynb #c42007c4
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from math import pi
 
@@ -16,12 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..basics import progress
-from ..checks import MOST_SEED, check_count, check_number, shown
+from ..checks import MOST_SEED, check_captions, check_count, check_number, shown
 from ..data.toy.captions import Description, read_caption, relation
 from ..data.toy.datasets import ToyCOCO
 from ..data.toy.scenes import Scene, Thing, place, render
 from ..errors import LDMError
-from .judge import PromptAccuracy, SceneReader, prompt_accuracy
+from .judge import READER_SIZE, PromptAccuracy, SceneReader, prompt_accuracy
 from .reconstruction import Mean
 from ..latent_diffusion import LatentDiffusion
 
@@ -43,8 +43,7 @@ def draw_captions(
     chunk: int = 64,  # images at once
 ) -> Float[Tensor, "b 3 h w"]:
     "One image for each caption, in [-1, 1], on the CPU."
-    if not captions:
-        raise LDMError("captions is empty: there is nothing to draw")
+    check_captions("captions", captions)
     chunk, scale = check_count("chunk", chunk), float(check_number("scale", scale))
     seed, parts = check_count("seed", seed, 0, MOST_SEED + 1 - len(captions)), []
     for start in progress(range(0, len(captions), chunk), f"scale {scale:g}"):
@@ -80,6 +79,10 @@ def score_prompts(
     "Draw captions and have the judge say which of them were drawn; `LDMError` for a model without text."
     if model.conditioner is None:
         raise LDMError("`model` draws without captions: there is nothing that a prompt score could compare")
+    if model.size != READER_SIZE:
+        raise LDMError(f"`model` draws images of {model.size}², but the judge reads those of {READER_SIZE}²")
+    for text in check_captions("captions", captions):
+        read_caption(text)  # refused before anything is drawn
     return prompt_accuracy(draw_captions(model, captions, scale, steps, seed), captions, reader)
 
 # %% ../../nbs/5_latent_diffusion/55_evaluation.ipynb #86994592
@@ -92,9 +95,11 @@ def choose_scale(
     split: str = "validation",
 ) -> tuple[float, dict[float, PromptAccuracy]]:
     "The scale at which most captions are drawn (the lowest of equals), and the scores at all of them."
-    if split == "test":
-        raise LDMError("split='test' is for measuring, not for choosing: choose on 'validation'")
-    scales = sorted(float(check_number("each of scales: scale", scale)) for scale in scales)
+    if split in ("test", "unseen_pairs"):
+        raise LDMError(f"split={split!r} is for measuring, not for choosing: choose on 'validation'")
+    if not isinstance(scales, Iterable):
+        raise LDMError(f"scales should be a list of guidance scales, not {shown(scales)}")
+    scales = sorted(float(check_number("each of scales: scale", scale, -1e4, 1e4)) for scale in scales)
     if not scales:
         raise LDMError("scales is empty: there is nothing to choose from")
     captions = captions_of(split, n)
@@ -136,7 +141,7 @@ def diversity(
     seed: int = 0,  # picture j of caption i has seed + n i + j
 ) -> tuple[Mean, Mean]:
     "Mean distance of two pictures of one caption: of those that the model draws, and of random scenes that fit it."
-    if not isinstance(captions, Sequence) or isinstance(captions, str) or len(captions) < 2:
+    if len(check_captions("captions", captions)) < 2:
         raise LDMError(f"captions should be a list of at least 2, for a mean over them, not {shown(captions)}")
     n = check_count("n", n, 2)
     rng = np.random.default_rng(check_count("seed", seed, 0, MOST_SEED + 1 - n * len(captions)))

@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['ResnetBlock', 'Encoder', 'Decoder', 'DiagonalGaussian', 'Quantized', 'FirstStage', 'AutoencoderKL', 'estimate_scale']
 
-# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #8f81d02b
+# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #0eea90c1
 from abc import abstractmethod
-from collections.abc import Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
@@ -17,8 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from ..checkpoints import Part
-from ..checks import check_counts, check_images, check_levels, check_like, check_map, check_number
-from ..checks import like_weights
+from ..checks import check_counts, check_factors, check_images, check_levels, check_like, check_map
+from ..checks import check_number, like_weights
 from ..errors import LDMError
 from ..layers import Upsample, fused_attention, group_norm
 
@@ -50,7 +49,7 @@ class Downsample(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h2 w2"]:
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
-# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #11c05395
+# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #a14df7ff
 class MiddleAttention(nn.Module):
     "Self-attention with one head over all positions, added to the input: `(b, c, h, w)` to the same."
 
@@ -62,7 +61,7 @@ class MiddleAttention(nn.Module):
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).mT.contiguous() for layer in (self.q, self.k, self.v))  # (b, h·w, c)
-        out = fused_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # one head: (b, h·w, c)
+        out = fused_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # PyTorch's own; one head: (b, h·w, c)
         return x + self.proj_out(out.mT.reshape(x.shape))
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #1b95ca68
@@ -77,15 +76,6 @@ class Middle(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
         return self.block_2(self.attn_1(self.block_1(x)))
-
-# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #fc788e01
-def local_levels(multipliers: Sequence[int], attention_factors: Sequence[int]) -> int:
-    "How many levels stand before the first with attention (all, if none has it); `LDMError` for an unknown factor."
-    check_levels("multipliers", multipliers)
-    factors = [2**i for i in range(len(multipliers))]
-    if unknown := [factor for factor in attention_factors if factor not in factors]:
-        raise LDMError(f"attention_factors: there is no level of factor {unknown[0]}; the levels have {factors}")
-    return factors.index(min(attention_factors)) if attention_factors else len(factors)
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #2681dfad
 class Level(nn.Module):
@@ -112,7 +102,7 @@ class Level(nn.Module):
             x = x if resize is None else resize(x)
         return x
 
-# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #bc9e485d
+# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #b896babf
 class Encoder(nn.Module):
     "Images `(b, 3, h, w)` to features `(b, c_out, h/f, w/f)` with f = 2^(levels − 1) (§ 3.1)."
 
@@ -129,7 +119,8 @@ class Encoder(nn.Module):
         super().__init__()
         check_counts(channels=channels, groups=groups)
         check_counts(most=64, blocks=blocks)
-        self.local = local_levels(multipliers, attention_factors)
+        check_levels("multipliers", multipliers)
+        check_factors(attention_factors, multipliers)
         widths = [channels * m for m in (1, *multipliers)]
         last = len(multipliers) - 1
         self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
@@ -141,23 +132,13 @@ class Encoder(nn.Module):
         self.norm_out = group_norm(widths[-1], groups, eps=1e-6)
         self.conv_out = nn.Conv2d(widths[-1], c_out, 3, padding=1)
 
-    def encode_local(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d h3 w3"]:
-        "The first half: the levels before the first attention."
+    def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c_out h2 w2"]:
         h = self.conv_in(x)
-        for level in self.down[: self.local]:
-            h = level(h)
-        return h
-
-    def encode_global(self, h: Float[Tensor, "b d h3 w3"]) -> Float[Tensor, "b c_out h2 w2"]:
-        "The second half: the levels from the first attention on, and the middle."
-        for level in self.down[self.local :]:
+        for level in self.down:
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
-    def forward(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b c_out h2 w2"]:
-        return self.encode_global(self.encode_local(x))
-
-# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #5b2a518b
+# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #c82e9912
 class Decoder(nn.Module):
     "Latents `(b, c_in, h/f, w/f)` to images `(b, 3, h, w)` (§ 3.1)."
 
@@ -174,7 +155,8 @@ class Decoder(nn.Module):
         super().__init__()
         check_counts(channels=channels, groups=groups)
         check_counts(most=64, blocks=blocks)
-        self.local = local_levels(multipliers, attention_factors)
+        check_levels("multipliers", multipliers)
+        check_factors(attention_factors, multipliers)
         widths = [channels * m for m in (*multipliers, multipliers[-1])]
         self.conv_in = nn.Conv2d(c_in, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], attention, groups)
@@ -185,21 +167,11 @@ class Decoder(nn.Module):
         self.norm_out = group_norm(widths[0], groups, eps=1e-6)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def decode_global(self, z: Float[Tensor, "b c_in h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
-        "The first half: the middle, and the levels up to the last attention."
+    def forward(self, z: Float[Tensor, "b c_in h2 w2"]) -> Float[Tensor, "b 3 h w"]:
         h = self.mid(self.conv_in(z))
-        for level in reversed(self.up[self.local :]):
-            h = level(h)
-        return h
-
-    def decode_local(self, h: Float[Tensor, "b d h3 w3"]) -> Float[Tensor, "b 3 h w"]:
-        "The second half: the levels after the last attention."
-        for level in reversed(self.up[: self.local]):
+        for level in reversed(self.up):
             h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
-
-    def forward(self, z: Float[Tensor, "b c_in h2 w2"]) -> Float[Tensor, "b 3 h w"]:
-        return self.decode_local(self.decode_global(z))
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #f1e186c9
 class DiagonalGaussian:
@@ -235,29 +207,22 @@ class Quantized(NamedTuple):
     loss: Float[Tensor, ""]  # codebook loss and β × commitment loss: mean squared distances of vectors and entries
     indices: Int[Tensor, "b h w"]  # which entries were chosen
 
-# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #bafc6d6a
-class Halves(Part, nn.Module):
-    "An encoder and a decoder, each in two halves: a local one without attention, and a global one."
+# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #76c05a3a
+class Bottleneck(Part, nn.Module):
+    "An encoder, a decoder, and what stands between them: a Gaussian for the latent."
 
     f: int  # downsampling factor
-    encoder: Encoder
-    decoder: Decoder
-
-    def encode_local(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d h3 w3"]:
-        "Encoding, first half: features of the image, made without attention."
-        return self.encoder.encode_local(x)
+    latent_channels: int  # c
+    encoder: nn.Module  # images to what `to_posterior` reads
+    decoder: nn.Module  # what `from_latent` gives to images
 
     @abstractmethod
-    def encode_global(self, h: Float[Tensor, "b d h3 w3"]) -> DiagonalGaussian:
-        "Encoding, second half: the distribution of the latent, not rescaled."
+    def to_posterior(self, h: Float[Tensor, "b d h2 w2"]) -> DiagonalGaussian:
+        "The distribution of the latent, not rescaled, from the encoder's output."
 
     @abstractmethod
-    def decode_global(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
-        "Decoding, first half: features of a rescaled latent."
-
-    def decode_local(self, h: Float[Tensor, "b d h3 w3"]) -> Float[Tensor, "b 3 h w"]:
-        "Decoding, second half: the image, made without attention."
-        return self.decoder.decode_local(h)
+    def from_latent(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b d h2 w2"]:
+        "The decoder's input from a rescaled latent."
 
     def check_input(self, x: Float[Tensor, "b 3 h w"]) -> None:
         "`LDMError` where `x` is no batch of images (see `check_images`), or where height or width is no multiple of f."
@@ -265,24 +230,23 @@ class Halves(Part, nn.Module):
         if height % self.f or width % self.f:
             raise LDMError(f"x: {height}×{width} pixels, but height and width must be multiples of f = {self.f}")
 
-    @property
-    def last_layer(self) -> Tensor:
-        "The decoder's last weights, where the gradients of losses are compared."
-        return self.decoder.conv_out.weight
-
-# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #fa1ce34c
-class FirstStage(Halves):
-    "What every first stage can do: images in [−1, 1] to latents and back, at a downsampling factor f (§ 3.1)."
-
-    follow = ("scale_factor", "provenance")  # known after training only, so the config reads them from the module
-    latent_channels: int  # c
-    scale_factor: float = 1.0  # 1 / standard deviation of the latents (app. G)
-    provenance: dict[str, Any] | None = None  # recipe, steps, seconds, device, scores
-
     def posterior(self, x: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:
         "The distribution of the latent, not rescaled, in the number format of the weights; see `check_input`."
         self.check_input(x)
-        return self.encode_global(self.encode_local(like_weights("x", x, self)))
+        return self.to_posterior(self.encoder(like_weights("x", x, self)))
+
+    @property
+    def last_layer(self) -> Tensor:
+        "The decoder's last weights, where the gradients of losses are compared."
+        return self.decoder.get_parameter("conv_out.weight")
+
+# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #cd0ef744
+class FirstStage(Bottleneck):
+    "What every first stage can do: images in [−1, 1] to latents and back, at a downsampling factor f (§ 3.1)."
+
+    follow = ("scale_factor", "provenance")  # known after training only, so the config reads them from the module
+    scale_factor: float = 1.0  # 1 / standard deviation of the latents (app. G)
+    provenance: dict[str, Any] | None = None  # recipe, steps, seconds, device, scores
 
     def latent(
         self,
@@ -303,13 +267,13 @@ class FirstStage(Halves):
     def decode(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b 3 h w"]:
         "The image of a rescaled latent, in its number format; not clamped to [−1, 1]."
         check_map("z", z, self.latent_channels)
-        return self.decode_local(self.decode_global(like_weights("z", z, self))).to(z.dtype)
+        return self.decoder(self.from_latent(like_weights("z", z, self))).to(z.dtype)
 
     def reconstruct(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         "The image decoded from the mean of its latent, clamped to [−1, 1]."
         return self.decode(self.encode(x)).clamp(-1, 1)
 
-# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #31ba3fa0
+# %% ../../nbs/1_first_stage/11_autoencoder.ipynb #af12b903
 class AutoencoderKL(FirstStage):
     "The KL-regularised first stage of § 3.1: images in [−1, 1] to latents of unit standard deviation and back."
 
@@ -337,13 +301,13 @@ class AutoencoderKL(FirstStage):
         self.scale_factor = check_number("scale_factor", scale_factor, 1e-6, 1e6)
         self.provenance = provenance
 
-    def encode_global(self, h: Float[Tensor, "b d h3 w3"]) -> DiagonalGaussian:
+    def to_posterior(self, h: Float[Tensor, "b d h2 w2"]) -> DiagonalGaussian:
         "The encoder's Gaussian, not rescaled."
-        return DiagonalGaussian(*self.quant_conv(self.encoder.encode_global(h)).chunk(2, dim=1))
+        return DiagonalGaussian(*self.quant_conv(h).chunk(2, dim=1))
 
-    def decode_global(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
-        "The decoder's first half, on the latent divided by `scale_factor`."
-        return self.decoder.decode_global(self.post_quant_conv(z / self.scale_factor))
+    def from_latent(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b c h2 w2"]:
+        "The latent in the encoder's own units, through the second 1 × 1 convolution."
+        return self.post_quant_conv(z / self.scale_factor)
 
     def forward(
         self,

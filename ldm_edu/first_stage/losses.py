@@ -20,11 +20,12 @@ from .autoencoder import DiagonalGaussian, Quantized
 def reconstruction_loss(
     x: Float[Tensor, "b c h w"],  # images
     reconstruction: Float[Tensor, "b c h w"],  # what came back
-    l2_weight: float = 0.0,  # how much of the squared distance is added
+    l2_weight: float = 0.0,  # λ₂ of the squared distance
+    l1_weight: float = 1.0,  # of the absolute distance; 0 leaves the squared one alone
 ) -> Float[Tensor, ""]:
-    "L1 + `l2_weight` × squared distance: sum over an image, mean over the batch (as in the released code)."
+    "`l1_weight` × L1 + `l2_weight` × squared: sum over an image, mean over the batch (as in the released code)."
     error = (x - reconstruction).abs()
-    return (error + l2_weight * error**2).sum(dim=(1, 2, 3)).mean()
+    return (l1_weight * error + l2_weight * error**2).sum(dim=(1, 2, 3)).mean()
 
 # %% ../../nbs/1_first_stage/12_losses.ipynb #2e545053
 def kl_loss(posterior: DiagonalGaussian) -> Float[Tensor, ""]:
@@ -53,6 +54,7 @@ class ReconstructionTerm:
     perceptual: PerceptualDistance | None = None
     perceptual_weight: float = 1.0  # w, of the perceptual distance against a pixel's L1
     means: bool = False  # a mean over an image instead of a sum
+    l1_weight: float = 1.0  # of the absolute distance
 
     def __call__(
         self,
@@ -61,7 +63,7 @@ class ReconstructionTerm:
     ) -> tuple[Float[Tensor, ""], dict[str, Float[Tensor, ""]]]:
         "The term, and for the log `l1` per value and `perceptual`, both without their weights."
         values = x[0].numel()
-        loss = reconstruction_loss(x, reconstruction, self.l2_weight)
+        loss = reconstruction_loss(x, reconstruction, self.l2_weight, self.l1_weight)
         terms = {"l1": (x - reconstruction).abs().mean().detach()}
         if self.perceptual is not None:
             distance = self.perceptual(x, reconstruction).mean()
@@ -103,12 +105,13 @@ class FirstStageLoss:
         perceptual_weight: float = 1.0,  # of the perceptual distance against a pixel's L1
         codebook_weight: float = 1.0,  # of the loss of a codebook of a VQ-regularised stage
         means: bool = False,  # means over an image instead of sums; the released code sums for KL, and not for VQ
+        l1_weight: float = 1.0,  # of the absolute distance; 0 leaves the squared one alone
     ):
-        weights = dict(kl_weight=kl_weight, l2_weight=l2_weight)
+        weights = dict(kl_weight=kl_weight, l2_weight=l2_weight, l1_weight=l1_weight)
         weights |= dict(perceptual_weight=perceptual_weight, codebook_weight=codebook_weight)
         if negative := [f"{name}={weight}" for name, weight in weights.items() if weight < 0]:
             raise LDMError(f"a weight must not be negative: {', '.join(negative)}")
-        self.rec_loss = ReconstructionTerm(l2_weight, perceptual, perceptual_weight, means)
+        self.rec_loss = ReconstructionTerm(l2_weight, perceptual, perceptual_weight, means, l1_weight)
         self.reg_loss = RegularisationTerm(kl_weight, codebook_weight, means)
 
     def __call__(

@@ -140,13 +140,13 @@ class AutoencoderVQ(PointFirstStage):
         self.f = 2 ** (len(multipliers) - 1)
         self.provenance = provenance
 
-    def encode_global(self, h: Float[Tensor, "b d h3 w3"]) -> DiagonalGaussian:
+    def to_posterior(self, h: Float[Tensor, "b d h2 w2"]) -> DiagonalGaussian:
         "The latent before quantisation, as a Gaussian of practically no width."
-        return self.point(self.quant_conv(self.encoder.encode_global(h)))
+        return self.point(self.quant_conv(h))
 
-    def decode_global(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b d h3 w3"]:
-        "The decoder's first half, whose first layer is the codebook."
-        return self.decoder.decode_global(self.post_quant_conv(self.quantize(z).z))
+    def from_latent(self, z: Float[Tensor, "b c h2 w2"]) -> Float[Tensor, "b c h2 w2"]:
+        "The nearest entries: the codebook is the decoder's first layer."
+        return self.post_quant_conv(self.quantize(z).z)
 
     def forward(
         self,
@@ -165,23 +165,16 @@ class IdentityFirstStage(PointFirstStage):
         super().__init__()
         self.f = 1
         self.latent_channels = 3
+        self.encoder, self.decoder = nn.Identity(), nn.Identity()
         self.provenance = provenance
 
-    def encode_local(self, x: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        "The image."
-        return x
-
-    def encode_global(self, h: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:
+    def to_posterior(self, h: Float[Tensor, "b 3 h w"]) -> DiagonalGaussian:
         "The image, as a Gaussian of practically no width."
         return self.point(h)
 
-    def decode_global(self, z: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    def from_latent(self, z: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
         "The latent."
         return z
-
-    def decode_local(self, h: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-        "The latent."
-        return h
 
 # %% ../../nbs/1_first_stage/15_quantization.ipynb #71a57236
 def load_first_stage(

@@ -17,7 +17,53 @@ from torch import Tensor, nn
 
 from ..checks import check_counts, check_map
 from ..errors import LDMError
-from .autoencoder import FirstStage
+from .autoencoder import Decoder, DiagonalGaussian, Encoder, FirstStage, Level
+
+# %% ../../nbs/workshop/tiling.ipynb #2cd03790
+def local_levels(levels: nn.ModuleList) -> int:
+    "How many levels, counted from the largest size, stand before the first with attention."
+    return next((i for i, level in enumerate(levels) if isinstance(level, Level) and len(level.attn)), len(levels))
+
+
+def encode_local(first_stage: FirstStage, x: Float[Tensor, "b 3 h w"]) -> Tensor:
+    "Encoding, first half: features of the images, made without attention."
+    encoder = first_stage.encoder
+    if not isinstance(encoder, Encoder):  # f = 1
+        return encoder(x)
+    h = encoder.conv_in(x)
+    for level in encoder.down[: local_levels(encoder.down)]:
+        h = level(h)
+    return h
+
+
+def encode_global(first_stage: FirstStage, h: Tensor) -> DiagonalGaussian:
+    "Encoding, second half: the distribution of the latent, not rescaled."
+    encoder = first_stage.encoder
+    if isinstance(encoder, Encoder):
+        for level in encoder.down[local_levels(encoder.down) :]:
+            h = level(h)
+        h = encoder.conv_out(F.silu(encoder.norm_out(encoder.mid(h))))
+    return first_stage.to_posterior(h)
+
+# %% ../../nbs/workshop/tiling.ipynb #4f9c2229
+def decode_global(first_stage: FirstStage, z: Float[Tensor, "b c h2 w2"]) -> Tensor:
+    "Decoding, first half: features of a rescaled latent."
+    decoder, h = first_stage.decoder, first_stage.from_latent(z)
+    if isinstance(decoder, Decoder):
+        h = decoder.mid(decoder.conv_in(h))
+        for level in reversed(decoder.up[local_levels(decoder.up) :]):
+            h = level(h)
+    return h
+
+
+def decode_local(first_stage: FirstStage, h: Tensor) -> Float[Tensor, "b 3 h w"]:
+    "Decoding, second half: the images, made without attention."
+    decoder = first_stage.decoder
+    if not isinstance(decoder, Decoder):
+        return decoder(h)
+    for level in reversed(decoder.up[: local_levels(decoder.up)]):
+        h = level(h)
+    return decoder.conv_out(F.silu(decoder.norm_out(h)))
 
 # %% ../../nbs/workshop/tiling.ipynb #bd677d92
 Norms = dict[nn.GroupNorm, tuple[Tensor, Tensor]]  # the variance and the mean of each layer's input, both (b, groups)
@@ -189,13 +235,13 @@ def encode_tiled(
     if noise is not None and noise.shape != wanted:
         raise LDMError(f"noise: shape {tuple(noise.shape)}, but the latent's is {wanted}")
 
-    def encode_local(piece: Tensor) -> Tensor:
-        return first_stage.encode_local(_to_model(first_stage, piece))
+    def local(piece: Tensor) -> Tensor:
+        return encode_local(first_stage, _to_model(first_stage, piece))
 
-    with _thumbnail_norms(norms, first_stage, encode_local, x, tile):
-        h = _assemble(lambda rows, columns: encode_local(_cut(x, rows, columns, f)), cells, tile_cells, overlap_cells)
+    with _thumbnail_norms(norms, first_stage, local, x, tile):
+        h = _assemble(lambda rows, columns: local(_cut(x, rows, columns, f)), cells, tile_cells, overlap_cells)
     noise = None if noise is None else _to_model(first_stage, noise)
-    return first_stage.latent(first_stage.encode_global(h), noise).to(x)
+    return first_stage.latent(encode_global(first_stage, h), noise).to(x)
 
 # %% ../../nbs/workshop/tiling.ipynb #22dfa4b8
 @torch.no_grad()
@@ -209,11 +255,14 @@ def decode_tiled(
     "As `first_stage.decode(z)`, with all large arrays in tiles; bit for bit the same if one tile is enough."
     check_map("z", z, first_stage.latent_channels)
     tile_cells, overlap_cells = _cells(first_stage, tile, overlap)
-    h = first_stage.decode_global(_to_model(first_stage, z))
+    h = decode_global(first_stage, _to_model(first_stage, z))
     scale = h.shape[-1] // z.shape[-1]  # 1, but for levels with attention, which `decode_global` has whole
 
-    def decode_local(rows: slice, columns: slice) -> Tensor:
-        return first_stage.decode_local(_cut(h, rows, columns, scale)).to(z)
+    def local(piece: Tensor) -> Tensor:
+        return decode_local(first_stage, piece)
 
-    with _thumbnail_norms(norms, first_stage, first_stage.decode_local, h, tile_cells * scale):
-        return _assemble(decode_local, (z.shape[-2], z.shape[-1]), tile_cells, overlap_cells)
+    def tile_at(rows: slice, columns: slice) -> Tensor:
+        return local(_cut(h, rows, columns, scale)).to(z)
+
+    with _thumbnail_norms(norms, first_stage, local, h, tile_cells * scale):
+        return _assemble(tile_at, (z.shape[-2], z.shape[-1]), tile_cells, overlap_cells)

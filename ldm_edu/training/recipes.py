@@ -120,6 +120,7 @@ class FirstStageRecipe(Trained):
     codebook_weight: float = 1.0  # of the codebook loss; for "vq"
     perceptual: str | None = None  # one of PERCEPTUAL
     perceptual_weight: float = 1.0  # of that distance against a pixel's L1
+    l1_weight: float = 1.0  # of the absolute distance
     adversarial: AdversarialRecipe | None = None
 
     def __post_init__(self):
@@ -198,6 +199,9 @@ class DiffusionRecipe(Trained):
         if not isinstance(self.drop, int | float) or not 0 <= self.drop <= 1:
             raise LDMError(f"drop={self.drop} must be a share from 0 to 1")
         NoiseSchedule(self.T, self.schedule, self.beta_start, self.beta_end, self.prediction)  # refuses nonsense
+        if (self.schedule, self.prediction) == ("cosine", "epsilon"):
+            why = "at its last level an error in the noise is divided by 0.00005 on the way to the image"
+            raise LDMError(f"schedule='cosine' needs prediction='v': {why}")
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #4dbc03ae
 @dataclass(frozen=True)
@@ -329,6 +333,33 @@ TOY_VQ_F4 = replace(
     first_stage=replace(TOY_KL_F4.first_stage, regulariser="vq", num_codes=512),
 )
 
+# %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #ae21e621
+TOY_FACES_L1 = AutoencoderRecipe(
+    name="toy-faces-l1",
+    about="a first stage of f = 8 for drawn faces: the absolute error alone",
+    dataset="toy-faces",
+    size=64,
+    first_stage=FirstStageRecipe(
+        training=Training(steps=8000, batch_size=8, lr=2e-3, ema=0.998, images=20_000, held_out=64),
+        l2_weight=0.0,
+    ),
+)
+
+
+def _twin(name: str, about: str, **fields: Any) -> AutoencoderRecipe:
+    "TOY_FACES_L1 with other fields in its first stage."
+    first_stage = replace(TOY_FACES_L1.first_stage, **fields)
+    return replace(TOY_FACES_L1, name=name, about=about, first_stage=first_stage)
+
+
+_FEATURES = {"perceptual": "toy-features", "perceptual_weight": 1.0}  # 1 as in the released code
+_AGAINST = AdversarialRecipe(start=4000, weight=0.5, channels=32, layers=2, norm="group")
+TOY_FACES_L2 = _twin("toy-faces-l2", "its twin: the squared error alone", l1_weight=0.0, l2_weight=1.0)
+TOY_FACES_FEATURES = _twin(
+    "toy-faces-features", "its twin: absolute error and a distance between features", **_FEATURES
+)
+TOY_FACES_ALL = _twin("toy-faces-all", "its twin: every term of eq. 25", **_FEATURES, adversarial=_AGAINST)
+
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #de14a36d
 PAPER_KL_F4 = AutoencoderRecipe(
     name="paper-kl-f4",
@@ -441,7 +472,8 @@ TOY_FEATURES = FeaturesRecipe(
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #4b79cc3b
 _MODELS = (TOY_TEXT2IMAGE, CELEBA64, COCO64, TOY_DEMO)
-_FIRST_STAGES = (TOY_KL_F4, TOY_VQ_F4, PAPER_KL_F4, PAPER_VQ_F4, SD_KL_F8)
+_TWINS = (TOY_FACES_L1, TOY_FACES_L2, TOY_FACES_FEATURES, TOY_FACES_ALL)
+_FIRST_STAGES = (TOY_KL_F4, TOY_VQ_F4, *_TWINS, PAPER_KL_F4, PAPER_VQ_F4, SD_KL_F8)
 _JUDGES = (SCENE_READER, TOY_FEATURES)
 
 RECIPES = {recipe.name: recipe for recipe in (*_MODELS, *_FIRST_STAGES, *_JUDGES)}

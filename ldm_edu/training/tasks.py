@@ -68,6 +68,7 @@ class FirstStageTask(nn.Module):
         self.criterion = FirstStageLoss(
             kl_weight=recipe.kl_weight,
             l2_weight=recipe.l2_weight,
+            l1_weight=recipe.l1_weight,
             perceptual=None if perceptual is None else perceptual.distance,
             perceptual_weight=recipe.perceptual_weight,
             codebook_weight=recipe.codebook_weight,

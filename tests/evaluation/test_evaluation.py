@@ -81,6 +81,10 @@ def test_the_scale_with_most_captions_wins_and_the_lower_one_of_equals(model, re
 def test_nothing_is_chosen_on_test(model, reader):
     with pytest.raises(LDMError, match="validation"):
         choose_scale(model, reader, split="test")
+    with pytest.raises(LDMError, match="unseen_pairs"):
+        choose_scale(model, reader, split="unseen_pairs")
+    with pytest.raises(LDMError, match="scales should be a list"):
+        inspect.unwrap(choose_scale)(model, reader, scales=3.0)
     with pytest.raises(LDMError, match="scales"):
         choose_scale(model, reader, scales=())
 
@@ -381,3 +385,20 @@ def test_a_perceptual_distance_is_one_number_for_each_picture(far, images):
 def test_infinities_of_both_signs_have_no_mean():
     with pytest.raises(LDMError, match="have a mean"):
         Mean.of(torch.tensor([float("inf"), -float("inf")]))
+
+
+def test_what_cannot_be_judged_is_refused_before_anything_is_drawn(model, reader, monkeypatch):
+    monkeypatch.setattr(model, "sample", None)  # a call would be an error
+    for captions, said in ((["a red sphere"], "red sphere"), ("a small red sphere", "list of captions")):
+        with pytest.raises(LDMError, match=said):
+            score_prompts(model, reader, captions)
+    monkeypatch.setattr(model, "size", 32)
+    with pytest.raises(LDMError, match="32², but the judge reads those of 64²"):
+        score_prompts(model, reader, ["a small red sphere"])
+
+
+def test_a_condition_of_no_length_is_refused(model):
+    with pytest.raises(LDMError, match="prompts: caption should have an entry"):
+        model.sample({"caption": None})
+    with pytest.raises(LDMError, match="image"):
+        score_condition(model, {"image": torch.tensor(1.0), "caption": ["a small red sphere"]})

@@ -1,5 +1,6 @@
 """The judge: what it is asked, what it decides, and what is counted."""
 
+import inspect
 import math
 from dataclasses import replace
 
@@ -148,7 +149,14 @@ def test_intervals_are_wilsons(k, n, low, high):
 
 
 def test_no_trials_say_nothing():
-    assert math.isnan(Share(0, 0).share) and Share(0, 0).interval == (0.0, 1.0)
+    assert math.isnan(Share(0, 0).share) and Share(0, 0).interval == (0.0, 1.0) and str(Share(0, 0)) == "no case"
+
+
+def test_many_equal_things_are_matched_at_once():
+    """Without relations one matching is as good as another; trying all orders of twelve would take hours."""
+    found = [Thing("sphere", "red", "small", float(i), 0.0) for i in range(5)]
+    v = verdict(" and ".join(["a small red ball"] * 12), found)
+    assert len(v.missing) == 7 and not v.extra and len(v.match) == 12
 
 
 def test_true_captions_are_drawn_and_false_ones_are_not():
@@ -272,9 +280,11 @@ def test_words_of_many_scenes_are_those_of_the_scenes(monkeypatch):
 
 def test_one_caption_for_each_picture():
     reader = SceneReader((8, 8, 8))
-    for images, texts in ((2, ["a small red ball"]), (0, [])):
-        with pytest.raises(LDMError, match="one caption for each"):
-            prompt_accuracy(torch.zeros(images, 3, 64, 64), texts, reader)
+    with pytest.raises(LDMError, match="one caption for each"):
+        prompt_accuracy(torch.zeros(2, 3, 64, 64), ["a small red ball"], reader)
+    for texts, said in (([], "captions is empty"), ("a small red ball", "list of captions"), ([3], "should be a text")):
+        with pytest.raises(LDMError, match=said):
+            inspect.unwrap(prompt_accuracy)(torch.zeros(len(texts), 3, 64, 64), texts, reader)
     with pytest.raises(LDMError, match="giraffe"):
         verdict("a small red giraffe", [])
 

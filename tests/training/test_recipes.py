@@ -34,6 +34,12 @@ def test_recipes_survive_json(name):
         recipe_from_dict(recipe_to_dict(recipe) | {"colour": 1})
 
 
+def test_the_cosine_schedule_wants_v():
+    """Its last level has an α of 5e-5, by which an error in the noise would be divided."""
+    with pytest.raises(LDMError, match="schedule='cosine' needs prediction='v'"):
+        replace(find_recipe("toy-text2image").diffusion, prediction="epsilon")
+
+
 def test_nonsense_in_a_recipe_is_refused():
     nonsense = [
         {"steps": 0},
@@ -189,9 +195,10 @@ SILENT = {
         "diffusion.prediction": "epsilon",
         "diffusion.conditioners.0.name": "TextConditioner",
         "diffusion.conditioners.0.arguments.vocabulary": VOCABULARY,
+        "first_stage.l1_weight": 1.0,
         "text": None,
     },
-    "toy-kl-f4": {"first_stage.training.held_out": 64},
+    "toy-kl-f4": {"first_stage.training.held_out": 64, "first_stage.l1_weight": 1.0},
     "scene-reader": {"training.held_out": 256, "judged_on": 1024},
     "toy-features": {"training.held_out": 256},
 }
