@@ -93,7 +93,7 @@ def main() -> None:
         "# Which noise schedule?",
         "",
         f"`python benchmarks/noise_schedules.py --steps {args.steps} --captions {args.captions} "
-        f"--scale {args.scale:g}`, CPU, {args.threads} threads, bf16, torch {torch.__version__}.",
+        f"--scale {args.scale:g} --threads {args.threads}`, CPU, bf16, torch {torch.__version__}.",
         "",
         f"toy-text2image with other noise levels, its UNet trained for {args.steps:,} steps of 64. *Half way*: the "
         "first of the 1,000 levels at which the noise is as strong as the signal. *Drawn exactly*: every thing of the "

@@ -9,7 +9,7 @@ import inspect
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -263,6 +263,7 @@ def curve(
     ylabel: str = "",
     log: bool = False,  # logarithmic y axis
     smooth: int = 1,  # draw the running mean of so many values, and faintly the values themselves
+    dashed: Collection[str] = (),  # labels of curves that lie on another one, which is seen through their gaps
 ) -> None:
     """Draw one or several curves over a common x axis.
 
@@ -279,7 +280,8 @@ def curve(
         if len(values) != len(places):
             plt.close(figure)
             raise LDMError(f"curve '{label}' has {len(values)} values and `x` {len(places)}: one place for each value")
-        (line,) = axes.plot(places, running_mean(values, smooth) if smooth > 1 else values, label=label)
+        drawn_values, style = running_mean(values, smooth) if smooth > 1 else values, "--" if label in dashed else "-"
+        (line,) = axes.plot(places, drawn_values, style, label=label)
         if smooth > 1:
             axes.plot(places, values, color=line.get_color(), alpha=0.25, linewidth=0.8)
     axes.set(xlabel=xlabel, ylabel=ylabel, yscale="log" if log else "linear")
