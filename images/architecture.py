@@ -2,8 +2,8 @@
 
     python images/architecture.py
 
-The pictures in it are a rendered scene, its latent (three of four channels as colours), the same with noise, and what
-the shipped model draws for the caption.
+The pictures in it are a rendered scene, its latent (three of four channels as colours), the same with noise; and what
+the shipped model draws for a caption of another scene.
 """
 
 import textwrap
@@ -20,21 +20,21 @@ HERE = Path(__file__).resolve().parent
 COLOURS = {1: "#1b9e77", 2: "#d95f02", 3: "#2c6fbb", 4: "#8e5ea2"}  # of the parts of the course
 GREY, INK = "#b8b8b8", "#222222"
 INDEX = 39  # of the split test
+CAPTION, SEED = "a small yellow sphere behind a large blue cube", 4  # of what is drawn
 
 
 @torch.no_grad()
-def thumbnails() -> tuple[str, dict[str, Tensor]]:
-    """A caption, and what stands in the drawing by name, each (3, h, w) in [0, 1]."""
+def thumbnails() -> dict[str, Tensor]:
+    """What stands in the drawing by name, each (3, h, w) in [0, 1]."""
     model = LatentDiffusion.from_pretrained("toy-text2image")
-    sample = ToyCOCO("test")[INDEX]
-    x, caption = sample["image"][None], sample["caption"]
+    x = ToyCOCO("test")[INDEX]["image"][None]
     z = model.first_stage.encode(x)
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(0))
     levels = {f"z{t}": model.schedule.q_sample(z, torch.tensor([t]), noise) for t in (200, 500, 999)}
-    drawn = model.sample([caption], scale=6.0, seed=4)
+    drawn = model.sample([CAPTION], scale=6.0, seed=SEED)
     latents = {"z": z, **levels, "z0": model.first_stage.encode(drawn)}
     colours = {name: (value[0, :3] / 4 + 0.5).clamp(0, 1) for name, value in latents.items()}
-    return caption, colours | {"x": x[0] / 2 + 0.5, "x0": drawn[0] / 2 + 0.5}
+    return colours | {"x": x[0] / 2 + 0.5, "x0": drawn[0] / 2 + 0.5}
 
 
 class Drawing:
@@ -82,7 +82,7 @@ class Drawing:
         self.axis.text(x, y, label, ha="center", va="center", fontsize=size, color=self.colour(part))
 
 
-def draw(caption: str, images: dict[str, Tensor], here: int | None) -> plt.Figure:
+def draw(images: dict[str, Tensor], here: int | None) -> plt.Figure:
     """The drawing; `here` is the part that keeps its colours, None: all do."""
     d = Drawing(here)
     d.band(6, 148, 216, 316, "pixels")
@@ -110,7 +110,7 @@ def draw(caption: str, images: dict[str, Tensor], here: int | None) -> plt.Figur
     d.arrow(1, (140, 234), (116, 234))
     d.picture(1, images["x0"], 20, 188, 92, r"$\hat{x}$")
     # what is asked for
-    words = textwrap.fill(f"“{caption}”", 26)
+    words = textwrap.fill(f"“{CAPTION}”", 26)
     d.axis.text(172, 62, words, ha="center", va="center", fontsize=13, color=INK, linespacing=1.5)
     d.arrow(4, (312, 62), (392, 62))
     d.box(4, 396, 26, 240, 72, r"text transformer $\tau_\theta$")
@@ -122,9 +122,9 @@ def draw(caption: str, images: dict[str, Tensor], here: int | None) -> plt.Figur
 def main() -> None:
     """Write the drawings."""
     plt.rcParams |= {"svg.fonttype": "path", "svg.hashsalt": "ldm_edu", "font.family": "DejaVu Sans"}
-    caption, images = thumbnails()
+    images = thumbnails()
     for here in (None, 1, 2, 3, 4):
-        figure = draw(caption, images, here)
+        figure = draw(images, here)
         name = "architecture" if here is None else f"part_{here}"
         figure.savefig(HERE / f"{name}.svg", metadata={"Date": None})
         plt.close(figure)

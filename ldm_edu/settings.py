@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
-from .basics import check_device_name
+from .devices import check_device_name
 from .checks import MOST_SEED
 from .errors import LDMError
 from .files import brief, read_text

@@ -14,6 +14,7 @@ LEVELS = {
     "files": 1,
     "checks": 1,
     "layers": 2,
+    "devices": 2,
     "checkpoints": 2,
     "basics": 3,
     "settings": 4,

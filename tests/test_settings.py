@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_edu import LatentDiffusion, SceneReader, ToyFeatures, basics, checkpoints, files, load_first_stage
+from ldm_edu import LatentDiffusion, SceneReader, ToyFeatures, checkpoints, devices, files, load_first_stage
 from ldm_edu.basics import fit, is_static, pace, pick_device, pick_dtype, progress, set_seed
 from ldm_edu.checkpoints import Part, checkpoint_path
 from ldm_edu.errors import CheckpointError, LDMError, refusal
@@ -175,7 +175,7 @@ def test_auto_takes_the_best(monkeypatch, cuda, mps, best):
                                                  (1.21, torch.bfloat16), (8.0, torch.bfloat16)])  # fmt: skip
 def test_bfloat16_on_a_cpu_only_where_it_is_clearly_faster(monkeypatch, times_faster, dtype):
     seconds = {torch.float32: 2e-3 * times_faster, torch.bfloat16: 2e-3}
-    monkeypatch.setattr(basics, "_cpu_seconds", lambda: seconds)
+    monkeypatch.setattr(devices, "_cpu_seconds", lambda: seconds)
     assert pick_dtype("cpu") == pick_dtype(torch.device("cpu")) == dtype
     assert pick_dtype("mps") == torch.float32
 
@@ -185,7 +185,7 @@ def test_a_gpu_is_asked_and_not_timed(monkeypatch, native):
     def never():
         raise AssertionError("the CPU was timed")
 
-    monkeypatch.setattr(basics, "_cpu_seconds", never)
+    monkeypatch.setattr(devices, "_cpu_seconds", never)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     assert pick_dtype("cuda:1") == (torch.bfloat16 if native else torch.float32)
@@ -193,17 +193,17 @@ def test_a_gpu_is_asked_and_not_timed(monkeypatch, native):
 
 def test_the_least_of_several_times_counts(monkeypatch):
     times = {torch.float32: iter([9, 5, 3, 7] * 9), torch.bfloat16: iter([1, 6, 4, 8] * 9)}
-    monkeypatch.setattr(basics, "_seconds", lambda dtype, side: float(next(times[dtype])))
-    assert basics._cpu_seconds.__wrapped__() == {torch.float32: 3.0, torch.bfloat16: 1.0}
+    monkeypatch.setattr(devices, "_seconds", lambda dtype, side: float(next(times[dtype])))
+    assert devices._cpu_seconds.__wrapped__() == {torch.float32: 3.0, torch.bfloat16: 1.0}
 
 
 def test_the_cpu_is_measured_once_and_leaves_no_trace():
     torch.manual_seed(0)
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    basics._cpu_seconds.cache_clear()
+    devices._cpu_seconds.cache_clear()
     with torch.inference_mode():  # as it may be where images are drawn
-        first = basics._cpu_seconds()
-    assert basics._cpu_seconds() is first and set(first) == {torch.float32, torch.bfloat16}
+        first = devices._cpu_seconds()
+    assert devices._cpu_seconds() is first and set(first) == {torch.float32, torch.bfloat16}
     assert all(0 < seconds < float("inf") for seconds in first.values())
     assert torch.equal(torch.get_rng_state(), state) and not torch.is_autocast_enabled("cpu")
     assert torch.get_num_threads() == threads

@@ -119,6 +119,42 @@ def test_first_stages_give_held_out_scenes_back(stage):
     assert {"seconds", "device", "psnr"} <= set(first_stage.provenance)
 
 
+TWINS = {
+    "toy-faces-l2": (0.0, 1.0),
+    **dict.fromkeys(("toy-faces-l1", "toy-faces-features", "toy-faces-all"), (1.0, 0.0)),
+}
+
+
+@pytest.fixture(scope="module")
+def faces() -> torch.Tensor:
+    return collate(ToyCelebA("test").__getitems__(range(64)))["image"]
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_a_twin_was_trained_as_its_recipe_says(name, faces):
+    first_stage, recipe = load_first_stage(name), find_recipe(name)
+    assert recipe_from_dict(first_stage.provenance["recipe"]) == recipe
+    assert (recipe.first_stage.l1_weight, recipe.first_stage.l2_weight) == TWINS[name]
+    assert first_stage.provenance["steps"] == recipe.steps and {"seconds", "device"} <= set(first_stage.provenance)
+    with torch.no_grad():
+        assert psnr(first_stage.reconstruct(faces), faces).mean() > 23
+        assert abs(first_stage.encode(faces).std() - 1) < 0.1
+
+
+def test_each_term_of_the_loss_buys_what_page_16_says(faces):
+    """The discriminator brings contrast between neighbours back, and costs decibels; features cost fewer."""
+
+    def contrast(x: torch.Tensor) -> float:
+        return (x[..., 1:] - x[..., :-1]).abs().mean().item()
+
+    with torch.no_grad():
+        back = {name: load_first_stage(name).reconstruct(faces) for name in TWINS}
+    sharp = {name: contrast(x) / contrast(faces) for name, x in back.items()}
+    decibels = {name: psnr(x, faces).mean().item() for name, x in back.items()}
+    assert sharp["toy-faces-all"] > max(sharp[name] for name in TWINS if name != "toy-faces-all") + 0.05
+    assert decibels["toy-faces-all"] == min(decibels.values())
+
+
 def test_kl_latents_have_unit_standard_deviation_and_vq_latents_use_the_codebook():
     x = collate(ToyCOCO("test").__getitems__(range(128)))["image"]
     kl, vq = load_first_stage("toy-kl-f4"), load_first_stage("toy-vq-f4")
