@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from ldm_edu import LatentDiffusion, SceneReader, ToyFeatures, checkpoints, devices, files, load_first_stage
+from ldm_edu import LatentDiffusion, SceneReader, ToyFeatures, basics, checkpoints, devices, files, load_first_stage
 from ldm_edu.basics import fit, is_static, pace, pick_device, pick_dtype, progress, set_seed
 from ldm_edu.checkpoints import Part, checkpoint_path
 from ldm_edu.errors import CheckpointError, LDMError, refusal
