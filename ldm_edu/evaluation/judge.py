@@ -247,7 +247,7 @@ class Share:
 
     def __str__(self) -> str:
         if not self.n:
-            return "no case"
+            return "no case (n = 0)"
         low, high = self.interval
         return f"{100 * self.share:.1f} % ({100 * low:.1f} to {100 * high:.1f}, n = {self.n})"
 
