@@ -149,7 +149,9 @@ def test_intervals_are_wilsons(k, n, low, high):
 
 
 def test_no_trials_say_nothing():
-    assert math.isnan(Share(0, 0).share) and Share(0, 0).interval == (0.0, 1.0) and str(Share(0, 0)) == "no case (n = 0)"
+    assert (
+        math.isnan(Share(0, 0).share) and Share(0, 0).interval == (0.0, 1.0) and str(Share(0, 0)) == "no case (n = 0)"
+    )
 
 
 def test_many_equal_things_are_matched_at_once():
