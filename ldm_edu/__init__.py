@@ -33,6 +33,8 @@ from ldm_edu.diffusion import (
     ddim,
     ddpm,
     diffusion_loss,
+    dpm_solver_pp,
+    heun,
     last,
 )
 from ldm_edu.denoiser import UNet
@@ -96,10 +98,12 @@ __all__ = [
     "ddpm",
     "decode_tiled",
     "diffusion_loss",
+    "dpm_solver_pp",
     "drop",
     "encode_tiled",
     "estimate_scale",
     "find_recipe",
+    "heun",
     "last",
     "load_first_stage",
     "load_published",

@@ -3,7 +3,7 @@
 import math
 import numbers
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from inspect import formatannotation
 from types import UnionType
@@ -40,6 +40,17 @@ def check_count(
 def check_seed(name: str, value: Any) -> int:
     "`value` as an int; LDMError where it is no seed, a whole number from 0 to 2³² - 1."
     return check_count(name, value, 0, MOST_SEED)
+
+
+def check_choice(
+    name: str,  # of the argument
+    value: Any,
+    known: Collection[str],
+) -> str:
+    "`value` as it is; LDMError where it is none of the known values, which it lists."
+    if not isinstance(value, str) or value not in known:
+        raise LDMError(f"{name}={shown(value)} is not known; it can be {', '.join(map(repr, known))}")
+    return value
 
 
 def _is_yes_or_no(value: Any) -> bool:

@@ -31,6 +31,7 @@ from ldm_edu.checkpoints import PRETRAINED
 from ldm_edu.checks import MOST_SEED, check_count, check_number
 from ldm_edu.data.download import TERMS, accept_terms, check_request, download_celeba, download_coco, terms_accepted
 from ldm_edu.data.registry import open_dataset
+from ldm_edu.diffusion.sampling import SAMPLERS
 from ldm_edu.display import grid, new_figure, save, to_pil
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.features import ToyFeatures
@@ -234,7 +235,11 @@ def sample(
     steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
     scale: Annotated[float, typer.Option(help="guidance scale; 1 means no guidance")] = 3.0,
     seed: Annotated[int, typer.Option(help="seed of the first image; each further image has the next one")] = 0,
-    sampler: Annotated[str, typer.Option(help="ddim or ddpm")] = "ddim",
+    sampler: Annotated[str, typer.Option(help=", ".join(SAMPLERS))] = "ddim",
+    negative: Annotated[str | None, typer.Option(help="caption of what the images should go away from")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, help="images at a time; then each is the same to the bit in any company")
+    ] = None,
     device: Device = None,
     out: Out = Path("sample.png"),
 ) -> None:
@@ -245,7 +250,9 @@ def sample(
     out = _png(out)
     diffusion = LatentDiffusion.from_pretrained(model).to(_chosen_device(device))
     captions = prompts[0] if prompts and len(prompts) == 1 else prompts or None
-    images = diffusion.sample(captions, n, steps, scale, seed, sampler, show_progress=True)
+    images = diffusion.sample(
+        captions, n, steps, scale, seed, sampler, show_progress=True, negative=negative, batch_size=batch_size
+    )
     save(images[0] if len(images) == 1 else grid(images), out)
     typer.echo(f"{len(images)} image{'s' * (len(images) > 1)} in {out}")
 

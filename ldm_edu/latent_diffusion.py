@@ -8,19 +8,21 @@ __all__ = ['LatentDiffusion']
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #cef05413
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .basics import progress
 from .checkpoints import CLASS, Saved, find_checkpoint, plainly
-from .checks import MOST_SEED, check_count, check_number
+from .checks import MOST_SEED, check_count, check_number, shown
 from .files import brief, load_json, save_json, unchanged, whole_folder
 from .conditioning.condition import Condition, Conditioner
-from .conditioning.guidance import Guidance
+from .conditioning.guidance import Guidance, check_interval
 from .denoiser.unet import UNet
 from .diffusion.sampling import SAMPLERS, SeededNoise, last
 from .diffusion.schedule import NoiseSchedule
@@ -73,34 +75,90 @@ class ModelParts(nn.Module):
         "Where the UNet's weights are."
         return next(self.unet.parameters()).device
 
+# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #39ea27b5
+def _count(batch: Mapping[str, Any], keys: Sequence[str], name: str = "prompts") -> int | None:
+    "How many images the entries under these keys are for; None where there is no such key, `LDMError` if they differ."
+    counts = {}
+    for key in keys:
+        if key in batch:
+            value = batch[key]
+            try:
+                counts[key] = None if isinstance(value, str | bytes) else len(value)
+            except TypeError:
+                counts[key] = None
+            if counts[key] is None:
+                raise LDMError(f"{name}: {key} should have an entry for each image, not {shown(value)}")
+    if len({*counts.values()}) > 1:
+        raise LDMError(f"{name}: of different lengths, {counts}: each image needs one of each")
+    return next(iter(counts.values()), None)
+
+
+def _negative(negative: Any, keys: Sequence[str], count: int | None) -> dict[str, Any]:
+    "What to go away from, as a batch with an entry for each of `count` images."
+    if isinstance(negative, str):
+        negative = {"caption": [negative] * (count or 1)}
+    elif isinstance(negative, list | tuple):
+        negative = {"caption": list(negative)}
+    if not isinstance(negative, Mapping) or not negative:
+        raise LDMError(f"negative should be a caption, a list of them, or a batch, not {shown(negative)}")
+    if unknown := [key for key in negative if key not in keys]:
+        raise LDMError(f"negative: this model does not read {unknown[0]}, only {', '.join(keys) or 'nothing'}")
+    if (found := _count(negative, keys, "negative")) != count:
+        raise LDMError(f"negative: {found} entries for {count} images: one for each is needed")
+    return dict(negative)
+
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #5288fbf3
-class Denoising(ModelParts):
-    "A model that turns a batch into what a sampler needs."
+class Conditioned(ModelParts):
+    "A model that turns a batch into conditions."
+
+    def condition(self, batch: Mapping[str, Any]) -> Condition:
+        "What the conditioner makes of a batch; `LDMError` where it has not all that is read."
+        assert self.conditioner is not None
+        keys = ", ".join(self.conditioner.keys)
+        if missing := [key for key in self.conditioner.keys if key not in batch]:
+            raise LDMError(f"prompts: this model reads {keys}: give a batch, a dict, with {', '.join(missing)}")
+        return self.conditioner({k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+
+    def away_from(self, negative: Any, batch: Mapping[str, Any], null: Condition) -> Condition:
+        """The condition of `negative`, in the slots of the null.
+
+        What it does not name is as in the batch. A condition that is never dropped is never left, either.
+        """
+        assert self.conditioner is not None
+        other = _negative(negative, self.conditioner.keys, _count(batch, self.conditioner.keys))
+        away = self.condition({**batch, **other}).slots()
+        return Condition(**{name: away[name] for name in null.slots()})
+
+# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #3a2f51d8
+class Denoising(Conditioned):
+    "A model that gives a sampler what it needs."
 
     def denoiser(
         self,
         batch: Mapping[str, Any] | Sequence[str] | None,  # what the conditioner reads; a list of captions will do
         scale: float,  # of the guidance
         check: bool = False,  # see `Guidance`
+        interval: tuple[int, int] | None = None,  # see `Guidance`
+        negative: Mapping[str, Any] | Sequence[str] | str | None = None,  # what to go away from: captions, or a batch
     ) -> tuple[Callable[..., Tensor], Condition | None]:
         "A denoiser, guided where there is a condition, and the condition to call it with."
+        interval = check_interval(interval, self.schedule.T - 1)
         if self.conditioner is None:
-            if batch is not None:
+            if batch is not None or negative is not None:
                 raise LDMError("prompts: this model is unconditional: give n, the number of images, instead")
             return self.unet, None
-        keys = ", ".join(self.conditioner.keys)
         if batch is None:
-            raise LDMError(f"prompts: this model needs prompts, or a batch with {keys}")
+            raise LDMError(f"prompts: this model needs prompts, or a batch with {', '.join(self.conditioner.keys)}")
         batch = dict(batch) if isinstance(batch, Mapping) else {"caption": batch}
-        if missing := [key for key in self.conditioner.keys if key not in batch]:
-            raise LDMError(f"prompts: this model reads {keys}: give a batch, a dict, with {', '.join(missing)}")
-        moved = {k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        cond, null = self.conditioner(moved), self.conditioner.null()
-        if null.slots():
-            return Guidance(self.unet, null, scale, check), cond
-        if check:
-            raise LDMError("check: this model's condition is never dropped, so there is no prediction without it")
-        return self.unet, cond
+        cond, null = self.condition(batch), self.conditioner.null()
+        if not null.slots():
+            if check or negative is not None:
+                told = "check" if check else "negative"
+                raise LDMError(f"{told}: this model's condition is never dropped, so there is no prediction without it")
+            return self.unet, cond
+        if negative is not None:
+            null = self.away_from(negative, batch, null)
+        return Guidance(self.unet, null, scale, check, interval), cond
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #757fe713
 def _requests(
@@ -115,14 +173,10 @@ def _requests(
     if not isinstance(prompts, Mapping | Sequence) or isinstance(prompts, bytes):
         raise LDMError(f"prompts: {prompts!r} is neither captions nor a batch; n is the number of images")
     batch = dict(prompts) if isinstance(prompts, Mapping) else {"caption": list(prompts)}
-    if none := [key for key in keys if key in batch and not hasattr(batch[key], "__len__")]:
-        raise LDMError(f"prompts: {none[0]} should have an entry for each image, not {batch[none[0]]!r}")
-    counts = {key: len(batch[key]) for key in keys if key in batch}
-    count = next(iter(counts.values()), n or 1)
+    counted = _count(batch, keys)
+    count = (n or 1) if counted is None else counted
     if not count:
         raise LDMError("prompts: an empty list; ask for at least one image")
-    if len({*counts.values()}) > 1:
-        raise LDMError(f"prompts: of different lengths, {counts}: each image needs one of each")
     if n is not None and check_count("n", n) != count:
         raise LDMError(f"n={n}, but there are {count} prompts: n goes with one prompt, or with none")
     return batch, count
@@ -135,6 +189,7 @@ _DIFFUSERS = {  # words of diffusers, and ours
     "num_images_per_prompt": "n",
     "generator": "seed",
     "scheduler": "sampler",
+    "negative_prompt": "negative",
 }
 
 
@@ -153,7 +208,45 @@ def _check_words(words: Mapping[str, Any], sampler: str) -> None:
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #172c010a
 class Sampling(Denoising):
-    "A model that draws: noise, guided denoising, decoding."
+    "A model that draws a batch: noise, guided denoising, decoding."
+
+    def _draw(
+        self,
+        batch: Mapping[str, Any] | None,
+        negative: Any,
+        seeds: Sequence[int],  # one for each image
+        guidance: tuple[float, bool, tuple[int, int] | None],  # scale, check, interval
+        sampler: str,
+        steps: int,
+        show_progress: bool,
+        options: Mapping[str, Any],  # of the sampler
+    ) -> Float[Tensor, "b 3 h w"]:
+        scale, check, interval = guidance
+        denoise, cond = self.denoiser(batch, scale, check, interval, negative)
+        noise, dtype = SeededNoise(seeds), next(self.unet.parameters()).dtype
+        x_T = noise.noise(self.latent_shape).to(self.device, torch.promote_types(dtype, torch.float32))
+        walk = SAMPLERS[sampler](denoise, x_T, self.schedule, steps=steps, cond=cond, noise=noise, **options)
+        z = last(progress(walk, "sampling", total=steps) if show_progress else walk)
+        return self.first_stage.decode(z).clamp(-1, 1).to(dtype)
+
+# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #0ced11aa
+_MOST_AT_ONCE = 2**16  # images
+
+
+def _rows(batch: Mapping[str, Any], keys: Sequence[str], rows: Sequence[int]) -> dict[str, Any]:
+    "The entries of some images, under the keys that a conditioner reads."
+    picked: dict[str, Any] = {}
+    for key in keys:
+        if key in batch:
+            value = batch[key]
+            if not isinstance(value, Sequence | Tensor | np.ndarray):
+                raise LDMError(f"prompts: {key} should be a list, a tensor or an array where batch_size is given")
+            picked[key] = [value[row] for row in rows] if isinstance(value, Sequence) else value[list(rows)]
+    return {**batch, **picked}
+
+# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #0182f304
+class Requests(Sampling):
+    "A model that is asked for pictures."
 
     @torch.no_grad()
     def sample(
@@ -166,21 +259,30 @@ class Sampling(Denoising):
         sampler: str = "ddim",  # a key of SAMPLERS
         show_progress: bool = False,  # a bar, on a live terminal or notebook
         check: bool = False,  # refuse a UNet whose predictions ignore the condition? See `Guidance`
+        interval: tuple[int, int] | None = None,  # guide at these levels only; see `Guidance`
+        negative: Mapping[str, Any] | Sequence[str] | str | None = None,  # what to go away from: captions, or a batch
+        batch_size: int | None = None,  # images at a time, always as many: an image is then the same to the bit
         **options: Any,  # further arguments of the sampler, such as eta=1.0
     ) -> Float[Tensor, "b 3 h w"]:
         "Images in [−1, 1], on the UNet's device, in its number format. `LDMError` where an argument makes no sense."
         _check_words(options, sampler)
         steps = check_count("steps", steps, 1, self.schedule.T)
-        scale = check_number("scale", scale, -1e4, 1e4)
-        batch, count = _requests(prompts, n, self.conditioner.keys if self.conditioner is not None else ())
-        denoise, cond = self.denoiser(batch, scale, check)
+        guidance = check_number("scale", scale, -1e4, 1e4), check, interval
+        keys = self.conditioner.keys if self.conditioner is not None else ()
+        batch, count = _requests(prompts, n, keys)
         seed = check_count("seed", seed, 0, MOST_SEED + 1 - count)
-        noise = SeededNoise(range(seed, seed + count))
-        dtype = next(self.unet.parameters()).dtype
-        x_T = noise.noise(self.latent_shape).to(self.device, torch.promote_types(dtype, torch.float32))
-        walk = SAMPLERS[sampler](denoise, x_T, self.schedule, steps=steps, cond=cond, noise=noise, **options)
-        z = last(progress(walk, "sampling", total=steps) if show_progress else walk)
-        return self.first_stage.decode(z).clamp(-1, 1).to(dtype)
+        more = {"sampler": sampler, "steps": steps, "show_progress": show_progress, "options": options}
+        draw = partial(self._draw, guidance=guidance, **more)
+        if batch_size is None:
+            return draw(batch, negative, range(seed, seed + count))
+        negative = None if negative is None else _negative(negative, keys, count)
+        size, images = check_count("batch_size", batch_size, 1, _MOST_AT_ONCE), []
+        for start in range(seed - seed % size, seed + count, size):
+            rows = [min(max(start + i - seed, 0), count - 1) for i in range(size)]
+            some, away = (None if b is None else _rows(b, keys, rows) for b in (batch, negative))
+            drawn = draw(some, away, [seed + row for row in rows])
+            images.append(drawn[max(seed - start, 0) : seed + count - start])
+        return torch.cat(images)
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #5e3d53c9
 _LOADERS: dict[str, Callable[..., Any]] = {  # folders of a checkpoint, and what loads them
@@ -221,7 +323,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not describe a LatentDiffusion: {brief(error)}") from error
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #1193db2f
-class LatentDiffusion(Sampling, Saved):
+class LatentDiffusion(Requests, Saved):
     "A latent diffusion model (§ 3): first stage, UNet, schedule, and a conditioner unless it is unconditional."
 
     def save_pretrained(

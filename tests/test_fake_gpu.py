@@ -298,10 +298,11 @@ def test_drop(gpu):
     assert gpu.uploads == []
 
 
+@pytest.mark.parametrize("interval", [None, (200, 600)])
 @pytest.mark.parametrize("scale", [0.0, 1.0, 3.0])
-def test_guidance(gpu, scale):
+def test_guidance(gpu, scale, interval):
     unet = small_unet(gpu, context_dim=24)
-    guided = Guidance(unet, condition(gpu, unet, 1), scale)
+    guided = Guidance(unet, condition(gpu, unet, 1), scale, interval=interval)
     check(guided(gpu.randn(2, 4, 8, 8), gpu.integers(2, below=LEVELS), condition(gpu, unet)), 2, 4, 8, 8)
     assert gpu.uploads == []
 
@@ -322,8 +323,8 @@ def test_sampler(gpu, walk, seeded):
     for step in steps:
         check(step.x, 2, 4, 8, 8)
         check(step.x0, 2, 4, 8, 8)
-    # two tables of the schedule, and the noise of every step but the last
-    draws = 2 if seeded and walk != "ddim" else 0
+    # two tables of the schedule, and the noise of every step but the last, where there is any
+    draws = 2 if seeded and walk in ("ddpm", "ddim, eta") else 0
     assert sorted(copy.shape for copy in gpu.uploads) == draws * [(2, 4, 8, 8)] + 2 * [(LEVELS,)]
     assert {copy.dtype for copy in gpu.uploads} == {torch.float32}, "MPS has no float64, so a table is cast first"
 
@@ -354,6 +355,8 @@ def test_a_whole_model_draws(gpu, kind, sampler):
     unet = small_unet(gpu, stage.latent_channels, context_dim=24)
     model = LatentDiffusion(stage, unet, NoiseSchedule(), conditioner, size=16)
     check(model.sample(["a cube", "cube"], steps=3, sampler=sampler), 2, 3, 16, 16)
+    more = dict(steps=2, sampler=sampler, batch_size=2, interval=(200, 600), negative="a", spacing="leading", end=0)
+    check(model.sample(["a cube", "cube", "a"], **more), 3, 3, 16, 16)
 
 
 def test_an_unconditional_model_draws(gpu):

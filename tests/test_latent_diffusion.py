@@ -1,13 +1,16 @@
 """The whole model: seeds, files, and the questions that it refuses."""
 
 import copy
+import itertools
 import json
 
 import pytest
 import torch
+from jaxtyping import TypeCheckError
 
 from ldm_edu import AutoencoderKL, CheckpointError, LatentDiffusion, LDMError, NoiseSchedule, TextConditioner, UNet
-from ldm_edu.diffusion.sampling import SeededNoise, ddim, last
+from ldm_edu.conditioning import Condition, Guidance
+from ldm_edu.diffusion.sampling import SAMPLERS, SeededNoise, ddim, last
 from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage
 
 
@@ -33,12 +36,194 @@ def small(text: bool = True, kind: str = "kl") -> LatentDiffusion:
     return LatentDiffusion(vae, unet, NoiseSchedule(), conditioner, size=16).eval()
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_batch_equals_its_pictures_one_by_one(sampler):
     model, prompts = small(), ["red ball", "blue ball", ""]
     together = model.sample(prompts, steps=3, seed=5, sampler=sampler)
     alone = [model.sample([prompt], steps=3, seed=5 + i, sampler=sampler) for i, prompt in enumerate(prompts)]
     torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("text", [True, False])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_with_a_batch_size_an_image_is_the_same_to_the_bit_in_any_company(sampler, text, dtype):
+    model, prompts = small(text).to(dtype), ["red ball", "blue ball", "", "ball"]
+
+    def draw(rows: list[int], batch_size: int) -> torch.Tensor:
+        question = dict(prompts=[prompts[i] for i in rows]) if text else dict(n=len(rows))
+        return model.sample(**question, steps=2, seed=5 + rows[0], sampler=sampler, batch_size=batch_size)
+
+    for batch_size in (1, 3):
+        whole = draw([0, 1, 2, 3], batch_size)
+        assert torch.equal(torch.cat([draw([i], batch_size) for i in range(4)]), whole)
+        assert torch.equal(torch.cat([draw([0, 1], batch_size), draw([2, 3], batch_size)]), whole)
+        assert len({image.numpy().tobytes() for image in whole.float()}) == 4
+    assert torch.equal(draw([0, 1, 2, 3], 4)[:3], draw([0, 1, 2], 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_a_batch_size_a_shipped_model_draws_the_same_to_the_bit(dtype):
+    model = LatentDiffusion.from_pretrained("toy-text2image").to(dtype)
+    prompts, how = (
+        ["a red ball", "a blue cube", "a big green ball"],
+        dict(steps=3, scale=10.0, sampler="ddpm", batch_size=2),
+    )
+    whole = model.sample(prompts, seed=3, **how)
+    alone = [model.sample([prompt], seed=3 + i, **how) for i, prompt in enumerate(prompts)]
+    assert torch.equal(torch.cat(alone), whole)
+    assert torch.equal(model.sample(prompts[1:], seed=4, **how), whole[1:])
+
+
+def test_every_forward_pass_has_the_batch_size_that_was_asked_for():
+    model, batches = small(), []
+    model.unet.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+    model.first_stage.decoder.register_forward_pre_hook(lambda _, given: batches.append(len(given[0])))
+    for count in (1, 3, 4):
+        batches.clear()
+        assert model.sample(["red"] * count, steps=2, batch_size=3).shape[0] == count
+        assert batches == [6, 6, 3] * (1 if count <= 3 else 2)  # guided: each image with and without its caption
+
+
+@pytest.mark.parametrize("wrong", [0, -1, 1.5, "2", True])
+def test_what_is_no_batch_size_is_refused(wrong):
+    import jaxtyping
+
+    with pytest.raises((LDMError, jaxtyping.TypeCheckError), match="batch_size"):
+        small().sample("red", steps=1, batch_size=wrong)
+
+
+FORMATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("of_unet", FORMATS)
+def test_parts_in_any_formats_draw_in_that_of_the_unet(of_unet):
+    model = small()
+    expected = model.sample(["red ball", "blue"], steps=2)
+    for of_stage, of_conditioner in itertools.product(FORMATS, FORMATS):
+        model.unet.to(of_unet), model.first_stage.to(of_stage), model.conditioner.to(of_conditioner)
+        images = model.sample(["red ball", "blue"], steps=2)
+        assert images.dtype == of_unet and images.isfinite().all()
+        torch.testing.assert_close(images.float(), expected, rtol=0, atol=0.1)  # rounded more than once on the way
+
+
+# --- What to go away from, and where ---
+
+
+def by_hand(model: LatentDiffusion, prompts: list[str], away: Condition, seed: int, **options) -> torch.Tensor:
+    "Guidance whose null is another condition."
+    noise = SeededNoise([seed + i for i in range(len(prompts))])
+    guided, cond = Guidance(model.unet, away, 4.0, **options), model.conditioner({"caption": prompts})
+    with torch.no_grad():
+        z = last(ddim(guided, noise.noise(model.latent_shape), model.schedule, 3, cond))
+        return model.first_stage.decode(z).clamp(-1, 1)
+
+
+def test_negative_is_a_guidance_whose_null_is_that_caption():
+    model, prompts, how = small(), ["red ball", "blue ball"], dict(steps=3, scale=4.0, seed=5)
+    plain = model.sample(prompts, **how)
+    torch.testing.assert_close(plain, by_hand(model, prompts, model.conditioner.null(), 5), rtol=0, atol=1e-5)
+    for negative, captions in (
+        ("blue", ["blue", "blue"]),
+        ({"caption": ["blue", "blue"]}, ["blue", "blue"]),
+        (["ball", "red"], ["ball", "red"]),
+        ({"caption": ["ball", "red"]}, ["ball", "red"]),
+    ):
+        with torch.no_grad():
+            away = model.conditioner({"caption": captions})
+        found = model.sample(prompts, negative=negative, **how)
+        torch.testing.assert_close(found, by_hand(model, prompts, away, 5), rtol=0, atol=1e-5)
+        assert not torch.equal(found, plain)
+    in_parts = model.sample(prompts, negative={"caption": ["ball", "red"]}, batch_size=1, **how)
+    torch.testing.assert_close(in_parts, found, rtol=0, atol=1e-5)
+
+
+def test_away_from_itself_is_unguided():
+    model = small()
+    found, plain = model.sample("red ball", steps=3, negative="red ball"), model.sample("red ball", steps=3, scale=1.0)
+    torch.testing.assert_close(found, plain, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "negative, said",
+    [
+        ({"image": ["a", "b"]}, "negative: this model does not read image, only caption"),
+        ({}, "negative should be a caption, a list of them, or a batch"),
+        ({"caption": "blue"}, "negative: caption should have an entry for each image"),
+        ("greenish", "greenish"),
+        ({"caption": ["red", "bluish"]}, "bluish"),
+    ],
+)
+def test_a_negative_that_says_nothing_is_refused(negative, said):
+    with pytest.raises(LDMError, match=said):
+        small().sample(["red", "blue"], steps=1, negative=negative)
+
+
+@pytest.mark.parametrize("captions", [["red"], ["red", "ball", "blue"], []])
+@pytest.mark.parametrize("batch_size", [None, 1, 2])
+def test_a_negative_of_another_length_is_refused(captions, batch_size):
+    with pytest.raises(LDMError, match=f"negative: {len(captions)} entries for 2 images"):
+        small().sample(["red", "blue"], steps=1, negative={"caption": captions}, batch_size=batch_size)
+
+
+def test_an_unconditional_model_has_nothing_to_go_away_from():
+    with pytest.raises(LDMError, match="this model is unconditional"):
+        small(text=False).sample(n=2, steps=1, negative="red")
+
+
+def test_guided_in_an_interval():
+    model, prompts, how = small(), ["red ball", "blue"], dict(steps=3, scale=4.0, seed=5)  # levels 999, 666, 332
+    guided, plain = model.sample(prompts, **how), model.sample(prompts, **(how | {"scale": 1.0}))
+    assert torch.equal(model.sample(prompts, interval=(0, 999), **how), guided)
+    assert torch.equal(model.sample(prompts, interval=(400, 500), **how), plain)
+    middle = model.sample(prompts, interval=(600, 700), **how)
+    expected = by_hand(model, prompts, model.conditioner.null(), 5, interval=(600, 700))
+    torch.testing.assert_close(middle, expected, rtol=0, atol=1e-5)
+    assert not torch.equal(middle, guided) and not torch.equal(middle, plain)
+    for model in (model, small(text=False)):
+        for interval in ((5, 2), (0, 1000), "all"):
+            with pytest.raises((LDMError, TypeCheckError), match="interval"):
+                model.sample("red" if model.conditioner else None, interval=interval)
+
+
+def test_no_part_keeps_a_gradient_while_it_draws():
+    model, seen = small(), []
+    for part in (model.conditioner, model.unet, model.first_stage.decoder):
+        part.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    model.sample(["red"], steps=2, negative="blue")
+    model.sample(["red", "blue"], steps=2, batch_size=1)
+    assert len(seen) > 8 and not any(seen)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch_size", [3, 5, 6])
+def test_an_image_lies_at_the_same_place_of_its_batch(threads, batch_size):
+    """With two threads, torch adds up the last rows of some matrix products in another way than the first ones."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        model, prompts = small(), ["red ball", "blue", "ball", "red", "blue ball"]
+        how = dict(steps=2, batch_size=batch_size)
+        whole = model.sample(prompts, seed=7, **how)
+        alone = torch.cat([model.sample(prompt, seed=7 + i, **how) for i, prompt in enumerate(prompts)])
+        assert torch.equal(whole, alone)
+        assert torch.equal(whole[1:4], model.sample(prompts[1:4], seed=8, **how))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_batch_goes_to_the_conditioner_as_it_is_unless_it_is_cut():
+    model, seen = small(), []
+    model.conditioner.register_forward_pre_hook(
+        lambda _, inputs: seen.append(inputs[0]["caption"]) if isinstance(inputs[0], dict) else None  # not the null's
+    )
+    captions = ("red ball", "blue", "ball")
+    plain = model.sample({"caption": captions}, steps=1)
+    assert seen[0] is captions
+    torch.testing.assert_close(model.sample({"caption": captions}, steps=1, batch_size=2), plain, rtol=0, atol=1e-5)
+    for wrong in ("red ball", b"red", torch.tensor(3), 7):
+        with pytest.raises(LDMError, match="prompts: caption should have an entry for each image"):
+            model.sample({"caption": wrong}, steps=1)
 
 
 def test_seeds_decide():
@@ -217,7 +402,13 @@ def test_what_the_conditioner_does_not_read_does_not_count():
 
 @pytest.mark.parametrize(
     "word, ours",
-    [("num_inference_steps", "steps"), ("guidance_scale", "scale"), ("prompt", "prompts"), ("generator", "seed")],
+    [
+        ("num_inference_steps", "steps"),
+        ("guidance_scale", "scale"),
+        ("prompt", "prompts"),
+        ("generator", "seed"),
+        ("negative_prompt", "negative"),
+    ],
 )
 def test_words_of_diffusers_are_answered_by_ours(word, ours):
     with pytest.raises(LDMError, match=f"{word}: our word is {ours}"):

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Guidance', 'drop']
 
-# %% ../../nbs/4_conditioning/44_guidance.ipynb #adb3a788
+# %% ../../nbs/4_conditioning/44_guidance.ipynb #1f5e2f5a
 from collections.abc import Callable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from ..checks import check_like, check_number, check_tensor
+from ..checks import check_count, check_like, check_number, check_tensor, known_range, shown
 from .condition import Condition
 from ..errors import LDMError
 
@@ -28,7 +28,32 @@ def refuse_ignoring(cond: Condition, null: Condition, with_cond: Tensor, without
             "the network is untrained, does not use the condition, or was trained with drop=1"
         )
 
-# %% ../../nbs/4_conditioning/44_guidance.ipynb #34cd3689
+# %% ../../nbs/4_conditioning/44_guidance.ipynb #016147f7
+def check_interval(interval: tuple[int, int] | None, most: int = 10**6) -> tuple[int, int] | None:
+    "The levels as they are; LDMError where they are not two, the lower one first, of 0 to `most`."
+    if interval is None:
+        return None
+    if not isinstance(interval, list | tuple) or len(interval) != 2:
+        raise LDMError(f"interval={shown(interval)} should be two levels, (lowest, highest)")
+    low = check_count("interval: lowest level", interval[0], 0, most)
+    return low, check_count("interval: highest level", interval[1], low, most)
+
+
+def outside(interval: tuple[int, int] | None, t: Tensor) -> bool:
+    "Are all levels known to lie outside? On a GPU they are not known without waiting for them."
+    known = None if interval is None else known_range(t)
+    return known is not None and interval is not None and (known[0] > interval[1] or known[1] < interval[0])
+
+
+def where_inside(interval: tuple[int, int] | None, t: Tensor, guided: Tensor, plain: Tensor) -> Tensor:
+    "`guided` for the samples whose level lies in the interval, `plain` for the others."
+    if interval is None:
+        return guided
+    level = t.long()
+    inside = (level >= interval[0]) & (level <= interval[1])
+    return torch.where(inside.view(-1, *[1] * (guided.ndim - 1)), guided, plain)
+
+# %% ../../nbs/4_conditioning/44_guidance.ipynb #10a59b2f
 class Guidance:
     "Classifier-free guidance (Ho & Salimans, w = scale - 1): the denoiser `eps_u + scale * (eps_c - eps_u)`."
 
@@ -38,11 +63,13 @@ class Guidance:
         null: Condition,  # what it was trained with where the condition was dropped; for one image, or for all
         scale: float | int = 3.0,  # s: 0 ignores the condition, 1 is unguided, above 1 strengthens it
         check: bool = False,  # refuse, at the first call, a network whose prediction ignores the condition?
+        interval: tuple[int, int] | None = None,  # guide at these levels only, both included; unguided elsewhere
     ):
         self.denoise = denoise
         self.null = null
         self.scale = check_number("scale", scale, -1e4, 1e4)
         self.check = check
+        self.interval = check_interval(interval)
 
     def __call__(
         self,
@@ -50,8 +77,8 @@ class Guidance:
         t: Int[Tensor, "b"],
         cond: Condition | None = None,
     ) -> Float[Tensor, "b *shape"]:
-        "Both predictions in one doubled batch, mixed; at scale 1 a single plain call. `LDMError` without a condition."
-        if self.scale == 1 and not self.check:
+        "Both predictions in one doubled batch, mixed; a plain call where nothing is guided. `LDMError` without `cond`."
+        if not self.check and (self.scale == 1 or outside(self.interval, t)):
             return self.denoise(x_t, t, cond)
         if cond is None:
             raise LDMError(f"cond is missing: guidance with scale={self.scale} needs a condition")
@@ -65,7 +92,7 @@ class Guidance:
         if self.check:
             refuse_ignoring(cond, without, eps_c, eps_u)
             self.check = False
-        return eps_u + self.scale * (eps_c - eps_u)
+        return where_inside(self.interval, t, eps_u + self.scale * (eps_c - eps_u), eps_c)
 
 # %% ../../nbs/4_conditioning/44_guidance.ipynb #0875bd31
 def drop(

@@ -32,7 +32,7 @@ def timestep_embedding(
     if dim % 2:
         raise LDMError(f"dim={dim} must be even: half of the channels are cosines, half are sines")
     half = dim // 2
-    frequencies = torch.exp(-log(max_period) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+    frequencies = torch.exp(-log(max_period) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
     angles = t[:, None].float() * frequencies  # (b, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=-1)
 

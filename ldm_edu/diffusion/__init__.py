@@ -1,8 +1,20 @@
 """Forward diffusion and sampling (§ 3.2, app. B)."""
 
+from ldm_edu.diffusion.levels import NoiseLevels
 from ldm_edu.diffusion.mixture import GaussianMixture
-from ldm_edu.diffusion.sampling import SAMPLERS, SeededNoise, Step, ddim, ddpm, last, posterior, timesteps
-from ldm_edu.diffusion.schedule import NoiseLevels, NoiseSchedule, diffusion_loss
+from ldm_edu.diffusion.sampling import (
+    SAMPLERS,
+    SeededNoise,
+    Step,
+    ddim,
+    ddpm,
+    dpm_solver_pp,
+    heun,
+    last,
+    posterior,
+    timesteps,
+)
+from ldm_edu.diffusion.schedule import NoiseSchedule, diffusion_loss
 
 __all__ = [
     "SAMPLERS",
@@ -14,6 +26,8 @@ __all__ = [
     "ddim",
     "ddpm",
     "diffusion_loss",
+    "dpm_solver_pp",
+    "heun",
     "last",
     "posterior",
     "timesteps",

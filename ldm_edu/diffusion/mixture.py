@@ -1,13 +1,15 @@
 """A Gaussian mixture: data whose exact denoiser is known at every noise level (page 21_diffusion derives it)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from ldm_edu.checks import check_count, check_tensor
-from ldm_edu.diffusion.schedule import NoiseLevels, NoiseSchedule, _like, per_sample
+from ldm_edu.diffusion.levels import NoiseLevels, _like, per_sample
+from ldm_edu.diffusion.schedule import NoiseSchedule
 from ldm_edu.errors import LDMError
 
 __all__ = ["GaussianMixture"]
@@ -24,7 +26,7 @@ def log_joint(
     return weights.log() - 0.5 * (squared / variances + x.shape[1] * (2 * torch.pi * variances).log())
 
 
-def posterior_mean(
+def _clean_mean(
     x: Float[Tensor, "b d"],  # noisy samples, alpha x0 + sigma eps
     alpha: Float[Tensor, "b 1"],  # amplitude of the signal in each sample
     sigma: Float[Tensor, "b 1"],  # amplitude of the noise in each sample
@@ -106,16 +108,26 @@ class GaussianMixture:
         alpha, sigma = schedule.alpha[t].item(), schedule.sigma[t].item()
         return GaussianMixture(alpha * self.means, (alpha**2 * self.stds**2 + sigma**2).sqrt(), self.weights)
 
-    def denoiser(self, schedule: NoiseSchedule) -> Callable[..., Tensor]:
-        "The exact denoiser f(x_t, t, cond); `cond.vector` (b, k), where given, replaces the weights."
+    def posterior_mean(
+        self,
+        levels: NoiseLevels,
+        x_t: Float[Tensor, "b *shape"],  # noisy samples
+        t: Int[Tensor, "b"],  # level of each
+        cond: Any = None,  # `cond.vector` (b, k), where given, replaces the weights
+    ) -> tuple[Float[Tensor, "b *shape"], Float[Tensor, "b *shape"]]:
+        "E[x0 | x_t] and E[noise | x_t]: what a perfect denoiser answers, page 21_diffusion."
+        alpha, sigma = per_sample(levels.alpha, t, x_t), per_sample(levels.sigma, t, x_t)
+        vector = getattr(cond, "vector", None)
+        weights = self.weights if vector is None else vector
+        means, stds, weights = (_like(v, x_t) for v in (self.means, self.stds, weights))
+        x0 = _clean_mean(_flat(x_t), _flat(alpha), _flat(sigma), _flat(means), stds, weights)
+        x0 = x0.reshape(x_t.shape)
+        return x0, (x_t - alpha * x0) / sigma
 
-        def denoise(x_t: Tensor, t: Tensor, cond=None) -> Tensor:
-            alpha, sigma = per_sample(schedule.alpha, t, x_t), per_sample(schedule.sigma, t, x_t)
-            vector = getattr(cond, "vector", None)
-            weights = self.weights if vector is None else vector
-            means, stds, weights = (_like(v, x_t) for v in (self.means, self.stds, weights))
-            x0 = posterior_mean(_flat(x_t), _flat(alpha), _flat(sigma), _flat(means), stds, weights)
-            x0 = x0.reshape(x_t.shape)
-            return schedule.target(x0, (x_t - alpha * x0) / sigma, t)
+    def denoiser(self, schedule: NoiseSchedule) -> Callable[..., Tensor]:
+        "The exact denoiser f(x_t, t, cond), in terms of what the schedule says a network predicts."
+
+        def denoise(x_t: Tensor, t: Tensor, cond: Any = None) -> Tensor:
+            return schedule.target(*self.posterior_mean(schedule, x_t, t, cond), t)
 
         return denoise

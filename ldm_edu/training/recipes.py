@@ -186,7 +186,8 @@ class DiffusionRecipe(Trained):
     schedule: str = "scaled_linear"  # kind of the curve of betas: a key of SCHEDULES (21_diffusion)
     beta_start: float = 0.0015  # scaled linear, in the released configurations of faces, bedrooms and ImageNet
     beta_end: float = 0.0195  # in the same ones; others end at 0.0155 or 0.0205 (21_diffusion)
-    prediction: str = "epsilon"  # what the network predicts: one of PREDICTIONS (21_diffusion)
+    prediction: str = "epsilon"  # what the network predicts: one of PREDICTIONS (22_prediction)
+    zero_terminal_snr: bool = False  # leave no signal at the last level? Not with "epsilon" (22_prediction)
 
     def __post_init__(self):
         conditioners = self.conditioners
@@ -198,10 +199,17 @@ class DiffusionRecipe(Trained):
             )
         if not isinstance(self.drop, int | float) or not 0 <= self.drop <= 1:
             raise LDMError(f"drop={self.drop} must be a share from 0 to 1")
-        NoiseSchedule(self.T, self.schedule, self.beta_start, self.beta_end, self.prediction)  # refuses nonsense
+        self.noise_schedule()  # refuses nonsense
         if (self.schedule, self.prediction) == ("cosine", "epsilon"):
             why = "at its last level an error in the noise is divided by 0.00005 on the way to the image"
-            raise LDMError(f"schedule='cosine' needs prediction='v': {why}")
+            raise LDMError(f"schedule='cosine' needs prediction='v' or 'x0': {why}")
+
+    def noise_schedule(self) -> NoiseSchedule:
+        "The noise levels of these fields, and what the network predicts."
+        closed = self.zero_terminal_snr
+        return NoiseSchedule(
+            self.T, self.schedule, self.beta_start, self.beta_end, self.prediction, zero_terminal_snr=closed
+        )
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #4dbc03ae
 @dataclass(frozen=True)
@@ -244,7 +252,7 @@ TOY_TEXT2IMAGE = Recipe(
         blocks=1,
         conditioners=(TOY_TEXT,),
         schedule="cosine",  # a latent of 8 × 8 wants less noise than the paper's levels have (21)
-        prediction="v",  # places are decided at levels whose ε says nearly nothing about x₀ (21); measured on 51
+        prediction="v",  # places are decided at levels whose ε says nearly nothing about x₀ (22); measured on 51
     ),
     text=Training(steps=2000, batch_size=64, lr=1e-3, ema=0.99, images=50_000),  # without it, left is not heard (51)
 )

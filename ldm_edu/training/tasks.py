@@ -13,7 +13,7 @@ from ldm_edu.checkpoints import find_class
 from ldm_edu.conditioning.condition import Conditioner, MergedConditioner
 from ldm_edu.conditioning.guidance import drop
 from ldm_edu.denoiser.unet import UNet
-from ldm_edu.diffusion.schedule import NoiseSchedule, diffusion_loss
+from ldm_edu.diffusion.schedule import diffusion_loss
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.features import ToyFeatures
 from ldm_edu.evaluation.metrics import LPIPS
@@ -174,7 +174,7 @@ class DiffusionTask(nn.Module):
             head_channels=what.head_channels,
             **slots,
         )
-        self.schedule = NoiseSchedule(what.T, what.schedule, what.beta_start, what.beta_end, what.prediction)
+        self.schedule = what.noise_schedule()
         self.drop = what.drop
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:

@@ -166,6 +166,133 @@ def test_guidance_of_a_unet_keeping_a_map_and_dropping_the_text():
     )
 
 
+# ---- an interval of levels
+LEVELS = torch.tensor([0, 199, 200, 201, 400, 599, 600, 601, 999])
+
+
+def heard(calls: list):
+    "`listen`, which notes what it was called with."
+
+    def denoise(x_t, t, cond):
+        calls.append((x_t, t, cond))
+        return listen(x_t, t, cond)
+
+    return denoise
+
+
+@pytest.mark.parametrize("scale", [0, 0.5, 1, 3.0, -1.0])
+@pytest.mark.parametrize("interval", [(200, 600), (0, 999), (400, 400), (201, 201), (0, 0), (999, 5000)])
+def test_guided_are_the_levels_in_the_interval_both_ends_included(interval, scale):
+    x_t, cond, null = torch.randn(9, 4), conditions(SLOTS, 9, 0), conditions(SLOTS, 1, 1)
+    inside = torch.tensor([interval[0] <= t <= interval[1] for t in LEVELS.tolist()])
+    everywhere, said = Guidance(listen, null, scale)(x_t, LEVELS, cond), listen(x_t, LEVELS, cond)
+    guided = Guidance(listen, null, scale, interval=interval)
+    mixed = guided(x_t, LEVELS, cond)
+    assert torch.equal(mixed[~inside], said[~inside])
+    torch.testing.assert_close(mixed[inside], everywhere[inside])
+    for i, t in enumerate(LEVELS):  # and each level by itself
+        alone = guided(x_t[[i]], t[None], cond[[i]])
+        torch.testing.assert_close(alone, mixed[[i]])
+        assert inside[i] or torch.equal(alone, listen(x_t[[i]], t[None], cond[[i]]))
+
+
+def test_outside_of_the_interval_the_denoiser_is_called_once_and_plainly():
+    x_t, cond, null, calls = torch.randn(3, 4), conditions(SLOTS, 3, 0), conditions(SLOTS, 1, 1), []
+    guided = Guidance(heard(calls), null, 3.0, interval=(200, 600))
+    for levels, batch in (([100, 0, 199], 3), ([601, 999, 700], 3), ([199, 601, 50], 6), ([100, 200, 50], 6)):
+        t = torch.tensor(levels)
+        found = guided(x_t, t, cond)
+        assert [len(call[0]) for call in calls] == [batch]
+        assert batch == 6 or (calls[0][0] is x_t and calls[0][1] is t and calls[0][2] is cond)
+        assert levels == [100, 200, 50] or torch.equal(found, listen(x_t, t, cond))
+        calls.clear()
+
+
+def test_a_network_that_ignores_its_condition_is_refused_outside_of_the_interval_too():
+    x_t, cond, null, calls = torch.randn(3, 4), conditions(SLOTS, 3, 0), conditions(SLOTS, 1, 1), []
+    t = torch.tensor([900, 950, 999])
+    with pytest.raises(LDMError, match="the same with its condition and without"):
+        Guidance(lambda x_t, t, cond: 0.5 * x_t, null, 3.0, check=True, interval=(200, 600))(x_t, t, cond)
+    checked = Guidance(heard(calls), null, 3.0, check=True, interval=(200, 600))
+    for _ in range(2):
+        assert torch.equal(checked(x_t, t, cond), listen(x_t, t, cond))
+    assert [len(call[0]) for call in calls] == [6, 3]  # it is looked at once
+
+
+@pytest.mark.parametrize(
+    "interval", [(600, 200), (-1, 5), (-5, -1), (1,), (1, 2, 3), (), "ab", 5, (1.5, 2), (True, 5), (0, None), {1, 2}]
+)
+def test_what_is_no_interval_is_refused(interval):
+    import jaxtyping
+
+    with pytest.raises((LDMError, jaxtyping.TypeCheckError), match="interval"):
+        Guidance(listen, conditions(SLOTS, 1, 1), 2.0, interval=interval)
+
+
+def test_an_interval_that_is_upside_down_is_named():
+    with pytest.raises(LDMError, match="interval: highest level=200 should be a whole number, 600 to 1000000"):
+        Guidance(listen, conditions(SLOTS, 1, 1), 2.0, interval=(600, 200))
+
+
+# ---- scales, formats, and what to go away from
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), -float("inf"), 1e5, -1e5, torch.tensor(float("nan"))])
+def test_a_scale_that_is_no_number_is_refused(scale):
+    import jaxtyping
+
+    with pytest.raises((LDMError, jaxtyping.TypeCheckError), match="scale"):
+        Guidance(listen, conditions(SLOTS, 1, 1), scale)
+
+
+@pytest.mark.parametrize("interval", [None, (0, 999), (2, 2)])
+def test_scale_one_is_the_condition_and_scale_zero_its_absence(interval):
+    x_t, t, cond, null = torch.randn(3, 4), torch.tensor([1, 2, 3]), conditions(SLOTS, 3, 0), conditions(SLOTS, 1, 1)
+    with_it, without = listen(x_t, t, cond), listen(x_t, t, null.expand(3))
+    inside = torch.tensor([interval in (None, (0, 999)), True, interval in (None, (0, 999))])[:, None]
+    assert torch.equal(Guidance(listen, null, 1, interval=interval)(x_t, t, cond), with_it)
+    zero = Guidance(listen, null, 0, interval=interval)(x_t, t, cond)
+    assert torch.equal(zero, torch.where(inside, without, with_it))
+
+
+FORMATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+
+
+@pytest.mark.parametrize("of_null", FORMATS)
+@pytest.mark.parametrize("of_condition", FORMATS)
+def test_the_null_takes_the_format_of_the_condition(of_condition, of_null):
+    x_t, t, calls = torch.randn(3, 4), torch.tensor([1, 2, 3]), []
+    cond, null = conditions(SLOTS, 3, 0).to(of_condition), conditions(SLOTS, 1, 1).to(of_null)
+    guided = Guidance(heard(calls), null, 2.0, interval=(2, 9))(x_t, t, cond)
+    assert all(v.dtype == of_condition for v in calls[0][2].slots().values())
+    without, said = listen(x_t, t, null.to(of_condition).expand(3)), listen(x_t, t, cond)
+    expected = torch.where((t >= 2)[:, None], without + 2.0 * (said - without), said)
+    torch.testing.assert_close(guided, expected)
+    dropped = drop(cond, null, 0.5, torch.tensor([0.1, 0.9, 0.2]))
+    assert all(v.dtype == of_condition for v in dropped.slots().values())
+
+
+def test_a_negative_condition_stands_where_the_null_does():
+    "One for all images, or one for each."
+    x_t, t, cond = torch.randn(3, 4), torch.tensor([1, 2, 3]), conditions(SLOTS, 3, 0)
+    for b in (1, 3):
+        negative = conditions(SLOTS, b, 7)
+        away, to = listen(x_t, t, negative.expand(3)), listen(x_t, t, cond)
+        guided = Guidance(listen, negative, 2.5)(x_t, t, cond)
+        torch.testing.assert_close(guided, away + 2.5 * (to - away))
+    with pytest.raises(LDMError, match="expand: a condition of 2 images cannot become one of 3"):
+        Guidance(listen, conditions(SLOTS, 2, 7), 2.5)(x_t, t, cond)
+
+
+def test_away_from_a_neighbour_is_further_than_away_from_all():
+    "Of three classes in a row, the middle one is guided away from the left one: to the right."
+    schedule, mixture = NoiseSchedule(), GaussianMixture(torch.tensor([[-1.0], [0.0], [1.0]]), torch.full((3,), 0.5))
+    x_T = torch.randn(300, 1, generator=torch.Generator().manual_seed(0))
+    classes = [Condition(vector=torch.eye(3)[[i]]) for i in range(3)]
+    nulls = [Condition(vector=mixture.weights[None]), classes[0], classes[2]]
+    guided = [Guidance(mixture.denoiser(schedule), null, 2.0) for null in nulls]
+    all_three, left, right = (last(ddim(g, x_T, schedule, 20, classes[1].expand(300))).mean().item() for g in guided)
+    assert right < -0.5 < all_three - 0.3 < all_three + 0.3 < 0.5 < left
+
+
 # ---- on mixtures, where everything is known
 def random_mixture(seed: int, k: int = 3, d: int = 2) -> GaussianMixture:
     g = torch.Generator().manual_seed(seed)
@@ -218,3 +345,12 @@ def test_guidance_moves_a_class_outward_and_shrinks_it():
     runs = [last(ddim(Guidance(mixture.denoiser(schedule), null, s), x_T, schedule, 50, cond)) for s in (1, 2, 4, 8)]
     means, spreads = [x.mean().item() for x in runs], [x.std().item() for x in runs]
     assert means == sorted(means) and spreads == sorted(spreads, reverse=True) and means[-1] > 1.8
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int16, torch.int32, torch.int64])
+def test_an_interval_and_levels_of_any_whole_numbers(dtype):
+    x_t, t = torch.randn(2, 3), torch.tensor([120, 5], dtype=dtype)
+    cond, null = conditions(SLOTS, 2, 0), conditions(SLOTS, 1, 1)
+    for interval in ((0, 999), (100, 300)):
+        found = Guidance(listen, null, 3.0, interval=interval)(x_t, t, cond)
+        assert torch.equal(found, Guidance(listen, null, 3.0, interval=interval)(x_t, t.long(), cond))

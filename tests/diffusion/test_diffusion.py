@@ -1,22 +1,25 @@
-"""ldm_edu.diffusion.schedule: against diffusers, torch.distributions, autograd, quadrature; random configurations."""
+"""ldm_edu.diffusion, levels and predictions: against diffusers, torch.distributions, autograd and quadrature."""
 
 import copy
 import gc
+import itertools
 import json
 import math
 import pickle
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
-from ldm_edu.diffusion import schedule as module
+from ldm_edu.diffusion import levels as module
+from ldm_edu.diffusion.levels import SCHEDULES, NoiseLevels, per_sample
 from ldm_edu.diffusion.mixture import GaussianMixture, log_joint
 from ldm_edu.diffusion.sampling import SAMPLERS, SeededNoise, last
-from ldm_edu.diffusion.schedule import NoiseLevels, NoiseSchedule, diffusion_loss, per_sample
+from ldm_edu.diffusion.schedule import PREDICTIONS, NoiseSchedule, diffusion_loss
 from ldm_edu.errors import LDMError
 
 SHAPES = [(), (3,), (2, 5), (3, 4, 4), (1, 2, 3, 2)]
@@ -73,6 +76,56 @@ def test_curves_are_those_of_diffusers(seed):
     other = theirs(ours)
     torch.testing.assert_close(ours.betas.float(), other.betas, rtol=1e-5, atol=0)
     torch.testing.assert_close(ours.alphas_cumprod.float(), other.alphas_cumprod, rtol=1e-4, atol=1e-7)
+
+
+THEIR_NAMES = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}  # of diffusers
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_every_kind_is_that_of_diffusers(kind, zero_terminal_snr, seed):
+    ours = replace(random_schedule(seed), kind=kind, zero_terminal_snr=zero_terminal_snr, prediction="v")
+    ends = dict(beta_start=ours.beta_start, beta_end=ours.beta_end, num_train_timesteps=ours.T)
+    other = DDPMScheduler(beta_schedule=THEIR_NAMES[kind], rescale_betas_zero_snr=zero_terminal_snr, **ends)
+    # theirs are float32: near the end the little signal that is left is all rounding
+    torch.testing.assert_close(ours.betas.float(), other.betas, rtol=1e-4, atol=1e-4 if zero_terminal_snr else 1e-7)
+    torch.testing.assert_close(ours.alphas_cumprod.float(), other.alphas_cumprod, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("T", [2, 3, 50, 1000])
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_zero_terminal_snr_leaves_nothing_at_the_end_and_the_first_level_as_it_was(kind, T):
+    plain, closed = NoiseLevels(T=T, kind=kind), NoiseLevels(T=T, kind=kind, zero_terminal_snr=True)
+    assert closed.alphas_cumprod[-1] == closed.alpha[-1] == closed.snr[-1] == 0
+    assert closed.betas[-1] == closed.sigma[-1] == 1
+    torch.testing.assert_close(closed.betas[0], plain.betas[0], rtol=1e-10, atol=0)
+    assert (closed.alpha.diff() < 0).all() and (closed.alpha[1:] < plain.alpha[1:]).all()
+    torch.testing.assert_close(closed.alpha[1:-1] - plain.alpha[1:-1], -plain.alpha[-1] * lost(plain)[1:-1])
+
+
+def lost(levels: NoiseLevels) -> torch.Tensor:
+    "The share of the last level's signal that is taken from each: all at the last, nothing at the first."
+    first, last = levels.alpha[0], levels.alpha[-1]
+    return (first - levels.alpha) / (first - last)
+
+
+@pytest.mark.parametrize("cls", [NoiseLevels, NoiseSchedule])
+@pytest.mark.parametrize("make", [torch.tensor, np.array, np.float32], ids=["torch", "array", "numpy"])
+def test_numbers_of_numpy_and_torch_become_numbers_of_python(cls, make):
+    given, levels = dict(T=50, beta_start=0.25, beta_end=0.5), object.__new__(cls)  # past the check of the types
+    for name, value in given.items():
+        object.__setattr__(levels, name, np.int64(value) if (name, make) == ("T", np.float32) else make(value))
+    levels.__post_init__()
+    assert levels == cls(**given) and levels.config == cls(**given).config
+    assert cls(**json.loads(json.dumps(levels.config))) == levels
+    assert [type(v) for v in (levels.T, levels.beta_start, levels.beta_end)] == [int, float, float]
+
+
+def test_a_config_of_a_schedule_from_before_there_was_a_choice():
+    old = dict(T=50, kind="scaled_linear", beta_start=0.0015, beta_end=0.0195, prediction="v")
+    assert NoiseSchedule(**old) == NoiseSchedule(*old.values())  # the order of the arguments is as it was
+    assert NoiseSchedule(**old).config == old | {"zero_terminal_snr": False}
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -139,13 +192,63 @@ def test_what_is_no_pair_of_samples_has_no_target():
                 s.x0_and_noise(wrong, wrong, t)
 
 
-@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+@pytest.mark.parametrize("name", SAMPLERS)
 def test_samplers_walk_the_same_way_whatever_is_predicted(name):
-    """The exact denoiser of a mixture, asked for ε and for v."""
-    m, eps, v = random_mixture(4), NoiseSchedule(T=50), NoiseSchedule(T=50, prediction="v")
+    """The exact denoiser of a mixture, asked for ε, for x0 and for v."""
+    m, schedules = random_mixture(4), [NoiseSchedule(T=50, prediction=prediction) for prediction in PREDICTIONS]
     x_T = torch.randn(8, 2, generator=rng(1), dtype=torch.float64)
-    ends = [last(SAMPLERS[name](m.denoiser(s), x_T, s, 10, noise=SeededNoise(range(8)))) for s in (eps, v)]
-    torch.testing.assert_close(*ends, rtol=1e-8, atol=1e-8)
+    ends = [last(SAMPLERS[name](m.denoiser(s), x_T, s, 10, noise=SeededNoise(range(8)))) for s in schedules]
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(ends[0], ends[2], rtol=1e-8, atol=1e-8)
+
+
+def every_schedule() -> list[NoiseSchedule]:
+    "All kinds, predictions and ends that go together."
+    given = itertools.product(SCHEDULES, PREDICTIONS, [False, True])
+    return [
+        NoiseSchedule(kind=kind, prediction=prediction, zero_terminal_snr=closed)
+        for kind, prediction, closed in given
+        if not (closed and prediction == "epsilon")
+    ]
+
+
+@pytest.mark.parametrize("s", every_schedule(), ids=lambda s: f"{s.kind}-{s.prediction}-{s.zero_terminal_snr}")
+def test_every_prediction_leads_back_to_image_and_noise(s):
+    t = torch.arange(s.T)
+    x0, noise = torch.randn(2, s.T, 3, generator=rng(0), dtype=torch.float64)
+    back = s.x0_and_noise(s.target(x0, noise, t), s.q_sample(x0, t, noise), t)
+    torch.testing.assert_close(back, (x0, noise), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize("s", every_schedule(), ids=lambda s: f"{s.kind}-{s.prediction}-{s.zero_terminal_snr}")
+def test_the_losses_weigh_an_error_in_the_image(s):
+    "By the SNR where the noise is predicted, by 1 where the image is, by 1 + SNR where v is."
+    x0, noise, wrong = torch.randn(3, 4, 5, generator=rng(0), dtype=torch.float64)
+    for level in (0, 200, 700, s.T - 1):
+        t = torch.full((4,), level)
+
+        def denoise(x_t, t, cond):
+            guess = x0 + wrong
+            return s.target(guess, (x_t - s.alpha[level] * guess) / s.sigma[level], t)
+
+        weight = diffusion_loss(denoise, s, x0, t, noise) / wrong.square().mean()
+        expected = {"epsilon": s.snr, "x0": torch.ones_like(s.snr), "v": 1 + s.snr}[s.prediction][level]
+        torch.testing.assert_close(weight, expected, rtol=1e-8, atol=0)
+
+
+def test_the_best_guess_is_the_same_whatever_is_predicted():
+    "And needs no schedule but levels; where no signal is left it is the mean of the mixture."
+    m, x = random_mixture(3), torch.randn(5, 2, generator=rng(0), dtype=torch.float64)
+    t = torch.tensor([0, 9, 99, 500, 999])
+    for s in every_schedule():
+        levels = NoiseLevels(kind=s.kind, zero_terminal_snr=s.zero_terminal_snr)
+        x0, noise = m.posterior_mean(levels, x, t)
+        torch.testing.assert_close(levels.q_sample(x0, t, noise), x)
+        torch.testing.assert_close(s.x0_and_noise(m.denoiser(s)(x, t), x, t), (x0, noise), rtol=1e-8, atol=1e-8)
+        if s.zero_terminal_snr:
+            torch.testing.assert_close(x0[-1], m.mean)
+    cond = SimpleNamespace(vector=torch.eye(len(m.weights), dtype=torch.float64)[[0] * 5])
+    assert not torch.equal(m.posterior_mean(levels, x, t, cond)[0], x0)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -245,6 +348,24 @@ def test_casts_go_with_their_schedule():
     assert len(module._CASTS) == before
 
 
+def test_a_table_that_was_changed_in_place_is_cast_anew():
+    table, t, x = torch.ones(5, dtype=torch.float64), torch.tensor([3]), torch.ones(1)
+    assert per_sample(table, t, x) == 1
+    table.fill_(7)
+    assert per_sample(table, t, x) == 7
+
+
+def test_a_tensor_of_a_mode_that_pretends_is_not_kept():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    s = NoiseSchedule()
+    s.sigma  # made before
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        s.q_sample(torch.ones(2, 3), torch.tensor([1, 2]), torch.ones(2, 3))
+    x_t = s.q_sample(torch.ones(2, 3), torch.tensor([1, 2]), torch.ones(2, 3))
+    assert type(x_t) is torch.Tensor and x_t.isfinite().all()
+
+
 def test_a_cast_that_was_kept_in_inference_mode_serves_in_training():
     s, t = NoiseSchedule(), torch.tensor([3])
     x = torch.randn(1, 2, requires_grad=True)
@@ -272,7 +393,7 @@ def test_saved_and_copied_schedules_are_equal():
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (dict(kind="linear"), "kind='linear'.*'scaled_linear'"),
+        (dict(kind="quadratic"), "kind='quadratic'.*'linear', 'scaled_linear', 'cosine'"),
         (dict(kind=""), "kind"),
         (dict(prediction="noise"), "prediction='noise'.*'epsilon'"),
         (dict(T=0), "T=0"),
@@ -282,11 +403,32 @@ def test_saved_and_copied_schedules_are_equal():
         (dict(beta_end=1.0), "beta_end=1.0"),
         (dict(beta_start=0.02, beta_end=0.01), "beta_start=0.02"),
         (dict(beta_end=float("nan")), "beta_end"),
+        (dict(T=True), "T=True"),
+        (dict(T=1_000_001), "T=1000001"),
+        (dict(beta_start=1e-15, beta_end=0.1), "beta_start=1e-15"),
+        (dict(T=1, zero_terminal_snr=True, prediction="v"), "zero_terminal_snr needs T of at least 2"),
+        (dict(zero_terminal_snr=True), "zero_terminal_snr=True: no signal is left .* use 'v' or 'x0'"),
+        (dict(T=20_000), "T=20000, beta_end=0.0195: no signal is left at the last level"),
+        (dict(T=100_000), "T=100000.* leave no signal"),
+        (dict(T=10_000, beta_end=0.9, prediction="v"), "T=10000 .*leave no signal: the last levels are all alike"),
     ],
 )
 def test_bad_arguments_are_named(arguments, named):
     with pytest.raises(LDMError, match=named):
         NoiseSchedule(**arguments)
+
+
+def test_levels_that_are_too_many_are_refused_without_a_prediction_too():
+    with pytest.raises(LDMError, match="leave no signal: the last levels are all alike"):
+        NoiseLevels(T=100_000)
+
+
+@pytest.mark.parametrize("wrong", ["yes", 1, 0, None, np.bool_(True)])
+def test_what_is_neither_true_nor_false_is_no_choice_of_the_end(wrong):
+    levels = NoiseLevels()
+    object.__setattr__(levels, "zero_terminal_snr", wrong)  # past the check of the types
+    with pytest.raises(LDMError, match="zero_terminal_snr=.* should be True or False"):
+        levels.__post_init__()
 
 
 @pytest.mark.parametrize("t", [-1, 1000, 10_000])
@@ -539,8 +681,8 @@ def test_the_cosine_schedule_is_that_of_diffusers(T):
     torch.testing.assert_close(NoiseLevels(T=T, kind="cosine").betas.float(), theirs)
 
 
-@pytest.mark.parametrize("name", list(SAMPLERS))
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_samplers_reach_a_known_image_on_the_cosine_schedule(name, prediction):
     schedule = NoiseSchedule(kind="cosine", prediction=prediction)
     x0 = torch.randn(2, 3, 4, 4, generator=rng(0), dtype=torch.float64)

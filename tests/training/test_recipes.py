@@ -9,6 +9,7 @@ import pytest
 from small_runs import small_diffusion, text, tiny, tiny_autoencoder
 
 from ldm_edu.data.toy.captions import VOCABULARY
+from ldm_edu.diffusion.schedule import NoiseSchedule
 from ldm_edu.errors import LDMError
 from ldm_edu.training.dispatch import train
 from ldm_edu.training.recipes import (
@@ -36,8 +37,18 @@ def test_recipes_survive_json(name):
 
 def test_the_cosine_schedule_wants_v():
     """Its last level has an α of 5e-5, by which an error in the noise would be divided."""
-    with pytest.raises(LDMError, match="schedule='cosine' needs prediction='v'"):
+    with pytest.raises(LDMError, match="schedule='cosine' needs prediction='v' or 'x0'"):
         replace(find_recipe("toy-text2image").diffusion, prediction="epsilon")
+
+
+def test_the_noise_of_a_recipe_is_that_of_its_fields():
+    diffusion = replace(tiny().diffusion, T=50, schedule="linear", prediction="x0", zero_terminal_snr=True)
+    expected = NoiseSchedule(50, "linear", diffusion.beta_start, diffusion.beta_end, "x0", zero_terminal_snr=True)
+    assert diffusion.noise_schedule() == expected and expected.alpha[-1] == 0
+    recipe = replace(tiny(), diffusion=diffusion)
+    assert recipe_from_dict(json.loads(json.dumps(recipe_to_dict(recipe)))) == recipe
+    with pytest.raises(LDMError, match="zero_terminal_snr=True: no signal is left .* use 'v' or 'x0'"):
+        replace(diffusion, prediction="epsilon")
 
 
 def test_nonsense_in_a_recipe_is_refused():
@@ -192,6 +203,7 @@ SILENT = {
         "first_stage.training.held_out": 64,
         "diffusion.training.held_out": 256,
         "diffusion.schedule": "scaled_linear",
+        "diffusion.zero_terminal_snr": False,
         "diffusion.prediction": "epsilon",
         "diffusion.conditioners.0.name": "TextConditioner",
         "diffusion.conditioners.0.arguments.vocabulary": VOCABULARY,
