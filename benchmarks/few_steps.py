@@ -5,12 +5,14 @@
 Every sampler draws the same captions of the test split, caption i from the noise of seed i, with few and with many
 steps and at three guidance scales. The judge says of each picture whether its caption was drawn exactly. A difference
 to DDIM with 50 steps is paired, caption by caption, and has its 95 % interval from a bootstrap over captions. Writes
-benchmarks/few_steps.md. A run that was cut off goes on where it stopped.
+benchmarks/few_steps.md and, for the lesson, ldm_edu/results/few_steps.json. A run that was cut off goes on where it
+stopped.
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +25,7 @@ from ldm_edu.evaluation.prompts import captions_of
 from ldm_edu.files import load_json, save_json
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "ldm_edu" / "results" / "few_steps.json"
 REFERENCE = ("ddim", 50)
 # Name in the table: steps, and the levels that are guided. Heun's method asks twice a step, but for the last one: 2,
 # 4, 8, 13 and 25 steps are 3, 7, 15, 25 and 49 calls.
@@ -50,23 +53,52 @@ def drawn_exactly(
     return found
 
 
-def difference(one: Sequence[bool], other: Sequence[bool]) -> str:
+def difference(one: Sequence[bool], other: Sequence[bool]) -> list[float]:
     """The mean difference in points, and its 95 % interval over captions."""
     apart = 100 * (np.array(one, float) - np.array(other, float))
     if not apart.any():
-        return "0.0"
+        return [0.0, 0.0, 0.0]
     low, high = bootstrap((apart,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return f"{apart.mean():+.1f} ({low:+.1f} to {high:+.1f})"
+    return [round(float(value), 2) for value in (apart.mean(), low, high)]
+
+
+def rows_of(found: Mapping[tuple[str, int], Sequence[bool]], scale: float) -> list[dict[str, Any]]:
+    """One row for each sampler and number of steps."""
+    return [
+        {
+            "scale": scale,
+            "sampler": name,
+            "steps": steps,
+            "calls": 2 * steps - 1 if name == "heun" else steps,
+            "right": sum(right),
+            "n": len(right),
+            "difference": difference(right, found[REFERENCE]),
+        }
+        for (name, steps), right in found.items()
+    ]
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The rows of one scale as Markdown."""
+    lines = ["", f"## Scale {rows[0]['scale']:g}", "", "| sampler | steps | calls | drawn exactly | against DDIM |"]
+    lines += ["|---|---|---|---|---|"]
+    for row in rows:
+        mean, low, high = row["difference"]
+        told = "" if (row["sampler"], row["steps"]) == REFERENCE else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+        exact = Share(row["right"], row["n"])
+        lines.append(f"| {row['sampler']} | {row['steps']} | {row['calls']} | {exact} | {told} |")
+    return lines
 
 
 def main() -> None:
     """Draw and judge what is not there yet, write the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--captions", type=int, default=512, help="of the test split")
+    parser.add_argument("--captions", type=int, default=512, help="of the test split, at least 2")
     parser.add_argument("--scales", type=float, nargs="+", default=[2.0, 3.0, 6.0], help="of the guidance")
     parser.add_argument("--threads", type=int, default=2, help="that torch computes with")
     parser.add_argument("--runs", type=Path, default=Path("runs/few_steps.json"), help="where the answers are kept")
     parser.add_argument("--out", type=Path, default=HERE / "few_steps.md", help="the tables")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the same numbers, for the lesson")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -80,29 +112,26 @@ def main() -> None:
         f"`python benchmarks/few_steps.py --captions {args.captions}`, CPU, float32, torch {torch.__version__}.",
         "",
         "toy-text2image (v-prediction, cosine schedule), captions of the test split, caption i from seed i. "
-        "*Calls*: of the denoiser. "
-        "*Drawn exactly*: every thing of the caption and nothing else, read by the judge. *Against DDIM, 50 steps*: "
-        "difference in points, paired by caption, with its 95 % interval. The scale that was chosen on validation "
-        "captions is 6; `sample` takes 3 where none is given. *Guided at* some levels: at the others the scale is 1.",
+        "*Calls*: of the denoiser. *Drawn exactly*: every thing of the caption and nothing else, read by the judge. "
+        "*Against DDIM* with 50 steps: difference in points, paired by caption, with its 95 % interval. The scale that "
+        "was chosen on validation captions is 6; `sample` takes 3 where none is given. *Guided at* some levels: at the "
+        "others the scale is 1.",
     ]
+    rows: list[dict[str, Any]] = []
     for scale in args.scales:
-        lines += ["", f"## Scale {scale:g}", "", "| sampler | steps | calls | drawn exactly | against DDIM, 50 steps |"]
-        lines += ["|---|---|---|---|---|"]
         found: dict[tuple[str, int], list[bool]] = {}
-        for name, steps in [REFERENCE, *((name, n) for name, (counts, _) in RUNS.items() for n in counts)]:
+        for name, steps in [(name, n) for name, (counts, _) in RUNS.items() for n in counts]:
             key = f"{name}, {steps} steps, scale {scale:g}, {args.captions} captions"
             if key not in answers:
                 print(key, flush=True)
                 answers[key] = drawn_exactly(model, reader, captions, name, steps, scale)
                 save_json(answers, args.runs)
             found[name, steps] = answers[key]
-        for name, (counts, _) in RUNS.items():
-            for steps in counts:
-                right = found[name, steps]
-                calls = 2 * steps - 1 if name == "heun" else steps
-                told = "" if (name, steps) == REFERENCE else difference(right, found[REFERENCE])
-                lines.append(f"| {name} | {steps} | {calls} | {Share(sum(right), len(right))} | {told} |")
+        rows += rows_of(found, scale)
+        lines += table([row for row in rows if row["scale"] == scale])
     args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    machine = f"CPU, float32, torch {torch.__version__}"
+    save_json({"captions": args.captions, "split": "test", "machine": machine, "rows": rows}, args.results)
 
 
 if __name__ == "__main__":

@@ -71,21 +71,18 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
     return values.to(x.dtype).to(x.device)
 
 
-_CASTS = WeakTensorKeyDictionary()  # table -> {(dtype, device, version): the same, cast}; goes when its table goes
+_CASTS = WeakTensorKeyDictionary()  # table -> {(dtype, device, …): the same, cast}; an entry goes when its table goes
 
 
 def _cast(table: Tensor, x: Tensor) -> Tensor:
     "`_like(table, x)`, computed once for each dtype and device, and again after the table was changed in place."
     if table.requires_grad or (table.dtype, table.device) == (x.dtype, x.device):
         return _like(table, x)
-    key = x.dtype, x.device, 0 if table.is_inference() else table._version
     casts = _CASTS[table] if table in _CASTS else {}
-    if key in casts:
-        return casts[key]
-    cast = _like(table, x)
-    if type(cast) is Tensor:  # no tensor of a mode that only pretends to compute
-        _CASTS[table] = casts | {key: cast}
-    return cast
+    key = x.dtype, x.device, type(x), 0 if table.is_inference() else table._version
+    if key not in casts:
+        _CASTS[table] = casts | {key: _like(table, x)}
+    return _CASTS[table][key]
 
 
 def per_sample(
