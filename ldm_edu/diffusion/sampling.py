@@ -35,7 +35,7 @@ class Step(NamedTuple):
     "What a sampler yields after each step."
 
     t: int  # level at which the denoiser was called
-    x: Float[Tensor, "b *shape"]  # samples after the step; after the last one, clean
+    x: Float[Tensor, "b *shape"]  # samples after the step; after the last one clean, or at level `end`
     x0: Float[Tensor, "b *shape"]  # the denoiser's estimate of the clean samples at level t
 
 # %% ../../nbs/2_diffusion/23_sampling.ipynb #8fa72e09
@@ -89,7 +89,7 @@ def posterior(
         raise LDMError(f"s={s} should be less noisy than t={t}: a smaller number")
     (alpha_t, sigma_t), (alpha_s, sigma_s) = amplitudes(schedule, t), amplitudes(schedule, s)
     alpha_ts = alpha_t / alpha_s  # eq. 6
-    variance_ts = sigma_t**2 - alpha_ts**2 * sigma_s**2  # eq. 7
+    variance_ts = max(sigma_t**2 - alpha_ts**2 * sigma_s**2, 0.0)  # eq. 7; rounding may leave less than nothing
     a = alpha_ts * sigma_s**2 / sigma_t**2
     b = alpha_s * variance_ts / sigma_t**2
     return a, b, (variance_ts * sigma_s**2 / sigma_t**2) ** 0.5
