@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..checkpoints import Part
 from ..checks import check_counts, check_device, check_factors, check_levels, check_map, check_number
-from ..checks import check_timesteps, like_weights
+from ..checks import check_timesteps, like_weights, shown
 from .attention import AttentionBlock, SpatialTransformer, zero_init
 from ..errors import LDMError
 from ..layers import Upsample, group_norm
@@ -51,18 +51,27 @@ class ResBlock(nn.Module):
         c_out: int,  # channels of the output
         emb_dim: int,  # channels of the embedding
         dropout: float = 0.0,  # before the second convolution
+        scale_shift: bool = False,  # multiply by one half of the embedding and add the other ("scale-shift norm")
+        resample: str | None = None,  # "down" or "up": halve or double height and width inside the block
     ):
         super().__init__()
         self.in_layers = nn.Sequential(group_norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
-        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_dim, c_out * (1 + scale_shift)))
         last = zero_init(nn.Conv2d(c_out, c_out, 3, padding=1))
         self.out_layers = nn.Sequential(group_norm(c_out), nn.SiLU(), nn.Dropout(dropout), last)
         self.skip_connection = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
+        self.scale_shift = scale_shift
+        kinds = {None: nn.Identity(), "down": nn.AvgPool2d(2), "up": nn.Upsample(scale_factor=2)}
+        self.resample = kinds[resample]
 
-    def forward(self, x: Float[Tensor, "b i h w"], emb: Float[Tensor, "b e"]) -> Float[Tensor, "b o h w"]:
-        "The same embedding is added at every position."
-        h = self.in_layers(x) + self.emb_layers(emb)[:, :, None, None]
-        return self.skip_connection(x) + self.out_layers(h)
+    def forward(self, x: Float[Tensor, "b i h w"], emb: Float[Tensor, "b e"]) -> Float[Tensor, "b o h2 w2"]:
+        "The same embedding is used at every position."
+        h = self.in_layers[2](self.resample(self.in_layers[:2](x)))
+        x, emb = self.skip_connection(self.resample(x)), self.emb_layers(emb)[:, :, None, None]
+        if not self.scale_shift:
+            return x + self.out_layers(h + emb)
+        scale, shift = emb.chunk(2, dim=1)
+        return x + self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
 
 # %% ../../nbs/3_denoiser/32_unet.ipynb #6a6f6295
 class Downsample(nn.Module):
@@ -175,19 +184,22 @@ def attention_layer(
 # %% ../../nbs/3_denoiser/32_unet.ipynb #18495704
 def build_stage(
     stage: Stage,  # a line of the plan
-    res: Callable[[int, int], nn.Module],  # c_in, c_out -> ResBlock
+    res: Callable[..., nn.Module],  # c_in, c_out, resample=None -> ResBlock
     attention: Callable[[int], nn.Module],  # channels -> attention layer
+    resblock_updown: bool = False,  # ResBlocks in the place of Downsample and Upsample
 ) -> TimestepEmbedSequential:
     "The layers of one stage of the plan."
     if stage.kind == "conv":
         return TimestepEmbedSequential(nn.Conv2d(stage.c_in, stage.c_out, 3, padding=1))
     if stage.kind == "down":
-        return TimestepEmbedSequential(Downsample(stage.c_out))
+        c = stage.c_out
+        return TimestepEmbedSequential(res(c, c, resample="down") if resblock_updown else Downsample(c))
     layers = [res(stage.c_in, stage.c_out)]
     if stage.attention:
         layers.append(attention(stage.c_out))
     if stage.up:
-        layers.append(Upsample(stage.c_out))
+        c = stage.c_out
+        layers.append(res(c, c, resample="up") if resblock_updown else Upsample(c))
     return TimestepEmbedSequential(*layers)
 
 # %% ../../nbs/3_denoiser/32_unet.ipynb #cb46d5dc
@@ -258,6 +270,9 @@ def check_unet_arguments(**arguments: Any) -> None:
     check_number("dropout", arguments["dropout"], 0, 1)
     check_levels("multipliers", arguments["multipliers"])
     check_factors(arguments["attention_factors"], arguments["multipliers"])
+    for name in ("linear_projection", "scale_shift_norm", "resblock_updown"):
+        if not isinstance(arguments[name], bool):
+            raise LDMError(f"{name}={shown(arguments[name])} should be True or False")
 
 # %% ../../nbs/3_denoiser/32_unet.ipynb #6438e662
 class PlannedUNet(nn.Module):
@@ -269,8 +284,11 @@ class PlannedUNet(nn.Module):
         up: Sequence[Stage],  # the way up, from `up_plan`
         out_channels: int,  # channels of the prediction
         vector_dim: int | None,  # channels of a vector that is added to the time embedding
-        res: Callable[[int, int], nn.Module],  # c_in, c_out -> ResBlock, for embeddings of 4 * down[0].c_out channels
+        res: Callable[
+            ..., nn.Module
+        ],  # c_in, c_out, resample -> ResBlock, for embeddings of 4 * down[0].c_out channels
         attention: Callable[[int], nn.Module],  # channels -> attention layer
+        resblock_updown: bool = False,  # see `build_stage`
     ):
         super().__init__()
         self.channels = down[0].c_out
@@ -278,9 +296,10 @@ class PlannedUNet(nn.Module):
         c, c_out = down[-1].c_out, up[-1].c_out
         self.time_embed = mlp(self.channels, 4 * self.channels)
         self.label_emb = mlp(vector_dim, 4 * self.channels) if vector_dim else None
-        self.input_blocks = nn.ModuleList(build_stage(stage, res, attention) for stage in down)
+        build = partial(build_stage, res=res, attention=attention, resblock_updown=resblock_updown)
+        self.input_blocks = nn.ModuleList(build(stage) for stage in down)
         self.middle_block = TimestepEmbedSequential(res(c, c), attention(c), res(c, c))
-        self.output_blocks = nn.ModuleList(build_stage(stage, res, attention) for stage in up)
+        self.output_blocks = nn.ModuleList(build(stage) for stage in up)
         last = zero_init(nn.Conv2d(c_out, out_channels, 3, padding=1))
         self.out = nn.Sequential(group_norm(c_out), nn.SiLU(), last)
 
@@ -300,10 +319,7 @@ class PlannedUNet(nn.Module):
 
 # %% ../../nbs/3_denoiser/32_unet.ipynb #873dfcdf
 class UNet(Part, PlannedUNet):
-    """The denoiser of the paper: ADM's "ablated UNet" with three slots for a condition.
-
-    With `context_dim`, transformers stand where attention stands (§ 3.3, app. E.2.1); without, plain self-attention.
-    The middle always has attention."""
+    """The denoiser of the paper: ADM's "ablated UNet" with three slots for a condition (§ 3.3, app. E.2.1)."""
 
     def __init__(
         self,
@@ -312,23 +328,25 @@ class UNet(Part, PlannedUNet):
         channels: int = 64,  # width of the first level, a multiple of 32; its blocks get no time where it is 32
         multipliers: Sequence[int] = (1, 2, 4),  # width of each level, times `channels`
         blocks: int = 2,  # ResBlocks per level on the way down (one more on the way up): "depth" in tables 12–15
-        attention_factors: Sequence[int] = (1, 2, 4),  # downsampling factors of the levels with attention
+        attention_factors: Sequence[int] = (1, 2, 4),  # downsampling factors with attention; the middle has it, too
         head_channels: int = 32,  # channels of one attention head
-        context_dim: int | None = None,  # channels of cond.context (b, m, d), for cross-attention
+        context_dim: int | None = None,  # channels of cond.context (b, m, d): transformers in the place of attention
         transformer_depth: int = 1,  # T in table 16
         vector_dim: int | None = None,  # channels of cond.vector (b, d), added to the time embedding
         concat_channels: int = 0,  # channels of cond.concat (b, c, h, w), stacked on x_t
         linear_projection: bool = False,  # linear instead of 1×1 convolution around the transformer blocks
         dropout: float = 0.0,  # inside the ResBlocks
         heads: int | None = None,  # number of heads on every level, instead of `head_channels` channels in each
+        scale_shift_norm: bool = False,  # the time also multiplies (LSUN-Churches of the release)
+        resblock_updown: bool = False,  # ResBlocks change the size between levels (the same, and inpainting)
     ):
         def attention(c: int) -> nn.Module:
             return attention_layer(c, head_channels, heads, context_dim, transformer_depth, linear_projection)
 
         check_unet_arguments(**self.config)
-        res = partial(ResBlock, emb_dim=4 * channels, dropout=dropout)
+        res = partial(ResBlock, emb_dim=4 * channels, dropout=dropout, scale_shift=scale_shift_norm)
         down = down_plan(in_channels + concat_channels, channels, multipliers, blocks, attention_factors)
-        super().__init__(down, up_plan(down, blocks), out_channels, vector_dim, res, attention)
+        super().__init__(down, up_plan(down, blocks), out_channels, vector_dim, res, attention, resblock_updown)
         self.in_channels, self.out_channels = in_channels, out_channels
         self.context_dim, self.concat_channels, self.vector_dim = context_dim, concat_channels, vector_dim
 

@@ -89,7 +89,8 @@ def plain_attention(layer: AttentionBlock) -> nn.ModuleDict:
 def layer_names(layer: nn.Module, block: str, k: int) -> dict[str, nn.Module]:
     """The k-th layer of its kind in a block of diffusers: names there, modules here."""
     if isinstance(layer, U.ResBlock):
-        return {f"{block}.resnets.{k}.{theirs}": layer.get_submodule(ours) for ours, theirs in RES_NAMES.items()}
+        where = {nn.AvgPool2d: "downsamplers.0", nn.Upsample: "upsamplers.0"}.get(type(layer.resample), f"resnets.{k}")
+        return {f"{block}.{where}.{theirs}": layer.get_submodule(ours) for ours, theirs in RES_NAMES.items()}
     if isinstance(layer, SpatialTransformer):
         return {f"{block}.attentions.{k}": layer}
     if isinstance(layer, AttentionBlock):
@@ -173,6 +174,44 @@ def test_without_context_equals_diffusers(seed):
     assert expected.std() > 0.1
 
 
+@pytest.mark.parametrize("resblock_updown", [False, True])
+@pytest.mark.parametrize("scale_shift_norm", [False, True])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_options_of_adm_equal_diffusers_in_float64_with_gradients(seed, scale_shift_norm, resblock_updown):
+    from diffusers import UNet2DModel
+
+    config = configuration(seed, context=False) | dict(vector_dim=None)
+    config |= dict(scale_shift_norm=scale_shift_norm, resblock_updown=resblock_updown)
+    ours = randomise(U.UNet(**config), seed).double()
+    blocks = kinds(config, "Attn")
+    if resblock_updown:
+        for name in ("down_block_types", "up_block_types"):
+            blocks[name] = tuple(kind if kind.startswith("Attn") else RESNETS[kind] for kind in blocks[name])
+    theirs = UNet2DModel(
+        in_channels=ours.in_channels,
+        out_channels=ours.out_channels,
+        attention_head_dim=config["head_channels"],
+        freq_shift=0,
+        downsample_padding=1,
+        resnet_time_scale_shift="scale_shift" if scale_shift_norm else "default",
+        attn_norm_num_groups=32,
+        downsample_type="resnet" if resblock_updown else "conv",
+        upsample_type="resnet" if resblock_updown else "conv",
+        **blocks,
+    )
+    theirs.double().eval().load_state_dict(diffusers_weights(ours, config["blocks"]))
+    x, t, _ = given(ours, seed=seed)
+    one, other = (x.double().requires_grad_() for _ in range(2))
+    found, expected = ours(one, t), theirs(other, t).sample
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    assert expected.std() > 0.1
+    found.square().sum().backward(), expected.square().sum().backward()
+    torch.testing.assert_close(one.grad, other.grad, atol=1e-8, rtol=1e-8)
+
+
+RESNETS = {"DownBlock2D": "ResnetDownsampleBlock2D", "UpBlock2D": "ResnetUpsampleBlock2D"}
+
+
 def test_timestep_embedding_is_that_of_diffusers_to_the_bit():
     from diffusers.models.embeddings import get_timestep_embedding
 
@@ -202,10 +241,16 @@ def millions(in_channels: int, channels: int, multipliers: tuple, factors: tuple
         ((4, 320, (1, 2, 4, 4), (1, 2, 4)), dict(context_dim=768, heads=8), 859.52),  # Stable Diffusion 1
         ((4, 320, (1, 2, 4, 4), (1, 2, 4)), dict(context_dim=1024, head_channels=64, linear_projection=True), 865.91),
         ((3, 128, (1, 4, 8), ()), dict(concat_channels=4), 215.23),  # inpainting, table 15: 215M
+        ((3, 160, (1, 2, 2, 4), (8,)), dict(concat_channels=3), 113.62),  # super-resolution, without its first stage
     ],
 )
 def test_parameter_counts(row, options, expected):
     assert round(millions(*row, **options), 2) == expected
+
+
+def test_the_churches_of_the_release_are_counted_to_the_last_number():
+    adm = dict(heads=8, scale_shift_norm=True, resblock_updown=True)
+    assert round(1e6 * millions(4, 192, (1, 2, 2, 4, 4), (1, 2, 4, 8), **adm)) == 294_966_916
 
 
 def test_names_are_those_of_the_released_code():
