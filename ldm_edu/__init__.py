@@ -39,9 +39,15 @@ from ldm_edu.diffusion import (
 )
 from ldm_edu.denoiser import UNet
 from ldm_edu.conditioning import (
+    AttributesConditioner,
+    ClassConditioner,
+    CLIPConditioner,
     Condition,
     Conditioner,
     Guidance,
+    InpaintingConditioner,
+    LayoutConditioner,
+    MapConditioner,
     MergedConditioner,
     TextConditioner,
     TextTransformer,
@@ -49,6 +55,7 @@ from ldm_edu.conditioning import (
     drop,
 )
 from ldm_edu.latent_diffusion import LatentDiffusion
+from ldm_edu.published import load_published_model, load_published_unet, save_diffusers_pipeline
 from ldm_edu.evaluation import LPIPS, SceneReader, ToyFeatures, prompt_accuracy, psnr, score_first_stage, ssim
 from ldm_edu.training import RECIPES, Recipe, RunOptions, Stage, find_recipe, train
 
@@ -58,10 +65,13 @@ __all__ = [
     "RECIPES",
     "SAMPLERS",
     "Adversary",
+    "AttributesConditioner",
     "AutoencoderKL",
     "AutoencoderVQ",
+    "CLIPConditioner",
     "CelebA",
     "CheckpointError",
+    "ClassConditioner",
     "Condition",
     "Conditioner",
     "DataError",
@@ -73,8 +83,11 @@ __all__ = [
     "Guidance",
     "IdentityFirstStage",
     "ImageFolder",
+    "InpaintingConditioner",
     "LDMError",
     "LatentDiffusion",
+    "LayoutConditioner",
+    "MapConditioner",
     "MergedConditioner",
     "NoiseSchedule",
     "PatchDiscriminator",
@@ -107,12 +120,15 @@ __all__ = [
     "last",
     "load_first_stage",
     "load_published",
+    "load_published_model",
+    "load_published_unet",
     "load_settings",
     "open_dataset",
     "pick_device",
     "prompt_accuracy",
     "psnr",
     "save_diffusers",
+    "save_diffusers_pipeline",
     "score_first_stage",
     "set_seed",
     "ssim",

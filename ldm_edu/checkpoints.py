@@ -3,6 +3,7 @@
 # A checkpoint is a folder with config.json (the arguments of the constructor) and model.safetensors (the weights).
 # Neither file is a pickle, so opening a checkpoint runs no code of its author.
 
+import hashlib
 import inspect
 import itertools
 import math
@@ -55,6 +56,22 @@ def checkpoint_path(name: str | Path) -> Path:
     known = sorted(path.name for path in PRETRAINED.glob("*") if path.is_dir())
     shown = str(name) if len(str(name)) <= 200 else f"{str(name)[:200]}..."
     raise CheckpointError(f"no folder and no shipped checkpoint {shown!r}; shipped: {', '.join(known) or 'none'}")
+
+
+def shipped_checkpoint(name: Any) -> Path:
+    "The folder of the shipped checkpoint of that name, whatever other folders there are; CheckpointError for no name."
+    known = {path.name: path for path in PRETRAINED.glob("*") if path.is_dir()}
+    if not isinstance(name, str) or name not in known:
+        raise CheckpointError(f"{brief(ValueError(name))[:80]} is no shipped checkpoint; shipped: {', '.join(known)}")
+    return known[name]
+
+
+def weights_checksum(module: nn.Module) -> str:
+    "A checksum of a module's weights."
+    total = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        total.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()[:16]
 
 
 _HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # "user/model"

@@ -12,6 +12,7 @@ from typing import Any, Union, get_args, get_origin
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ldm_edu.errors import LDMError
 
@@ -127,11 +128,15 @@ def check_tensor(
 
 def known_range(value: Tensor) -> tuple[float | int, float | int] | None:
     "Smallest and largest value of a tensor on the CPU; None on other devices, where to ask would mean to wait for them."
-    if value.device.type != "cpu" or type(value) is not Tensor or torch.compiler.is_compiling():
+    if value.device.type != "cpu" or isinstance(value, FakeTensor) or torch.compiler.is_compiling():
         return None
     if not value.numel() or value.dtype == torch.bool:
         return None
-    least, most = value.detach().aminmax()
+    plain = value.detach().as_subclass(Tensor)
+    try:
+        least, most = plain.aminmax()
+    except (NotImplementedError, RuntimeError):  # for formats that are only kept, such as eight bits with a point
+        least, most = plain.to_dense().to(torch.float64).aminmax()
     return least.item(), most.item()
 
 

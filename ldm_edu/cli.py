@@ -240,6 +240,7 @@ def sample(
     batch_size: Annotated[
         int | None, typer.Option(min=1, help="images at a time; then each is the same to the bit in any company")
     ] = None,
+    size: Annotated[int | None, typer.Option(min=1, help="pixels along each side; default: as in training")] = None,
     device: Device = None,
     out: Out = Path("sample.png"),
 ) -> None:
@@ -250,9 +251,8 @@ def sample(
     out = _png(out)
     diffusion = LatentDiffusion.from_pretrained(model).to(_chosen_device(device))
     captions = prompts[0] if prompts and len(prompts) == 1 else prompts or None
-    images = diffusion.sample(
-        captions, n, steps, scale, seed, sampler, show_progress=True, negative=negative, batch_size=batch_size
-    )
+    more = {"negative": negative, "batch_size": batch_size, "size": size}
+    images = diffusion.sample(captions, n, steps, scale, seed, sampler, show_progress=True, **more)
     save(images[0] if len(images) == 1 else grid(images), out)
     typer.echo(f"{len(images)} image{'s' * (len(images) > 1)} in {out}")
 

@@ -7,28 +7,28 @@ __all__ = ['LatentDiffusion']
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #cef05413
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from .basics import progress
-from .checkpoints import CLASS, Saved, find_checkpoint, plainly
-from .checks import MOST_SEED, check_count, check_number, shown
+from .checkpoints import CLASS, Saved, find_checkpoint, plainly, shipped_checkpoint
+from .checkpoints import weights_checksum
+from .checks import check_count
 from .files import brief, load_json, save_json, unchanged, whole_folder
 from .conditioning.condition import Condition, Conditioner
-from .conditioning.guidance import Guidance, check_interval
+from .conditioning.guidance import Guidance
 from .denoiser.unet import UNet
 from .diffusion.sampling import SAMPLERS, SeededNoise, last
 from .diffusion.schedule import NoiseSchedule
 from .errors import CheckpointError, LDMError
 from .first_stage.autoencoder import FirstStage
-from .first_stage.quantization import load_first_stage
+from .first_stage.quantization import load_first_stage, load_shared_stage
+from .inputs import Prompts, check_sampling, conditions, latent_shape, requests
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #8c7ef353
 def _check_parts(first_stage: FirstStage, unet: UNet, conditioner: Conditioner | None, size: int) -> None:
@@ -57,201 +57,38 @@ class ModelParts(nn.Module):
     ):
         super().__init__()
         _check_parts(first_stage, unet, conditioner, size)
-        self.first_stage = first_stage
-        self.unet = unet
-        self.conditioner = conditioner
-        self.schedule = schedule
-        self.size = size
-        self.provenance = provenance or {}
+        self.first_stage, self.unet, self.conditioner = first_stage, unet, conditioner
+        self.schedule, self.size, self.provenance = schedule, size, provenance or {}
 
-    @property
-    def latent_shape(self) -> tuple[int, int, int]:
-        "(c, h/f, w/f) of one image's latent."
-        side = self.size // self.first_stage.f
-        return self.first_stage.latent_channels, side, side
+    def denoiser(
+        self,
+        batch: Prompts,  # what the conditioner reads; a list of captions will do
+        scale: float,  # of the guidance
+        check: bool = False,  # see `Guidance`
+        interval: tuple[int, int] | None = None,  # see `Guidance`
+        negative: Prompts = None,  # what to go away from, see `sample`
+    ) -> tuple[Callable[..., Tensor], Condition | None]:
+        "A denoiser, guided where there is a condition, and the condition to call it with."
+        if self.conditioner is None:
+            if batch is not None or negative is not None:
+                raise LDMError("prompts: this model is unconditional: give n, the number of images, instead")
+            return self.unet, None
+        cond, null = conditions(self.conditioner, batch, negative, check, self.device)
+        return (Guidance(self.unet, null, scale, check, interval) if null.slots() else self.unet), cond
 
     @property
     def device(self) -> torch.device:
         "Where the UNet's weights are."
         return next(self.unet.parameters()).device
 
-# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #39ea27b5
-def _count(batch: Mapping[str, Any], keys: Sequence[str], name: str = "prompts") -> int | None:
-    "How many images the entries under these keys are for; None where there is no such key, `LDMError` if they differ."
-    counts = {}
-    for key in keys:
-        if key in batch:
-            value = batch[key]
-            try:
-                counts[key] = None if isinstance(value, str | bytes) else len(value)
-            except TypeError:
-                counts[key] = None
-            if counts[key] is None:
-                raise LDMError(f"{name}: {key} should have an entry for each image, not {shown(value)}")
-    if len({*counts.values()}) > 1:
-        raise LDMError(f"{name}: of different lengths, {counts}: each image needs one of each")
-    return next(iter(counts.values()), None)
-
-
-def _negative(negative: Any, keys: Sequence[str], count: int | None) -> dict[str, Any]:
-    "What to go away from, as a batch with an entry for each of `count` images."
-    if isinstance(negative, str):
-        negative = {"caption": [negative] * (count or 1)}
-    elif isinstance(negative, list | tuple):
-        negative = {"caption": list(negative)}
-    if not isinstance(negative, Mapping) or not negative:
-        raise LDMError(f"negative should be a caption, a list of them, or a batch, not {shown(negative)}")
-    if unknown := [key for key in negative if key not in keys]:
-        raise LDMError(f"negative: this model does not read {unknown[0]}, only {', '.join(keys) or 'nothing'}")
-    if (found := _count(negative, keys, "negative")) != count:
-        raise LDMError(f"negative: {found} entries for {count} images: one for each is needed")
-    return dict(negative)
-
-# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #5288fbf3
-class Conditioned(ModelParts):
-    "A model that turns a batch into conditions."
-
-    def condition(self, batch: Mapping[str, Any]) -> Condition:
-        "What the conditioner makes of a batch; `LDMError` where it has not all that is read."
-        assert self.conditioner is not None
-        keys = ", ".join(self.conditioner.keys)
-        if missing := [key for key in self.conditioner.keys if key not in batch]:
-            raise LDMError(f"prompts: this model reads {keys}: give a batch, a dict, with {', '.join(missing)}")
-        return self.conditioner({k: v.to(self.device) if isinstance(v, Tensor) else v for k, v in batch.items()})
-
-    def away_from(self, negative: Any, batch: Mapping[str, Any], null: Condition) -> Condition:
-        """The condition of `negative`, in the slots of the null.
-
-        What it does not name is as in the batch. A condition that is never dropped is never left, either.
-        """
-        assert self.conditioner is not None
-        other = _negative(negative, self.conditioner.keys, _count(batch, self.conditioner.keys))
-        away = self.condition({**batch, **other}).slots()
-        return Condition(**{name: away[name] for name in null.slots()})
-
-# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #3a2f51d8
-class Denoising(Conditioned):
-    "A model that gives a sampler what it needs."
-
-    def denoiser(
-        self,
-        batch: Mapping[str, Any] | Sequence[str] | None,  # what the conditioner reads; a list of captions will do
-        scale: float,  # of the guidance
-        check: bool = False,  # see `Guidance`
-        interval: tuple[int, int] | None = None,  # see `Guidance`
-        negative: Mapping[str, Any] | Sequence[str] | str | None = None,  # what to go away from: captions, or a batch
-    ) -> tuple[Callable[..., Tensor], Condition | None]:
-        "A denoiser, guided where there is a condition, and the condition to call it with."
-        interval = check_interval(interval, self.schedule.T - 1)
-        if self.conditioner is None:
-            if batch is not None or negative is not None:
-                raise LDMError("prompts: this model is unconditional: give n, the number of images, instead")
-            return self.unet, None
-        if batch is None:
-            raise LDMError(f"prompts: this model needs prompts, or a batch with {', '.join(self.conditioner.keys)}")
-        batch = dict(batch) if isinstance(batch, Mapping) else {"caption": batch}
-        cond, null = self.condition(batch), self.conditioner.null()
-        if not null.slots():
-            if check or negative is not None:
-                told = "check" if check else "negative"
-                raise LDMError(f"{told}: this model's condition is never dropped, so there is no prediction without it")
-            return self.unet, cond
-        if negative is not None:
-            null = self.away_from(negative, batch, null)
-        return Guidance(self.unet, null, scale, check, interval), cond
-
-# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #757fe713
-def _requests(
-    prompts: Mapping[str, Any] | Sequence[str] | str | None,
-    n: int | None,
-    keys: Sequence[str] = ("caption",),  # that the conditioner reads: these say how many images are asked for
-) -> tuple[dict[str, Any] | None, int]:
-    "What is asked for as a batch, or None, and the number of images; `LDMError` if the two do not fit."
-    if prompts is None or isinstance(prompts, str):
-        count = 1 if n is None else check_count("n", n)
-        return (None if prompts is None else {"caption": [prompts] * count}), count
-    if not isinstance(prompts, Mapping | Sequence) or isinstance(prompts, bytes):
-        raise LDMError(f"prompts: {prompts!r} is neither captions nor a batch; n is the number of images")
-    batch = dict(prompts) if isinstance(prompts, Mapping) else {"caption": list(prompts)}
-    counted = _count(batch, keys)
-    count = (n or 1) if counted is None else counted
-    if not count:
-        raise LDMError("prompts: an empty list; ask for at least one image")
-    if n is not None and check_count("n", n) != count:
-        raise LDMError(f"n={n}, but there are {count} prompts: n goes with one prompt, or with none")
-    return batch, count
-
-# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #6049823b
-_DIFFUSERS = {  # words of diffusers, and ours
-    "prompt": "prompts",
-    "num_inference_steps": "steps",
-    "guidance_scale": "scale",
-    "num_images_per_prompt": "n",
-    "generator": "seed",
-    "scheduler": "sampler",
-    "negative_prompt": "negative",
-}
-
-
-def _check_words(words: Mapping[str, Any], sampler: str) -> None:
-    "`LDMError` for a sampler that does not exist, or for a word that it does not know."
-    if not isinstance(sampler, str) or sampler not in SAMPLERS:
-        raise LDMError(f"unknown sampler {sampler!r}; known: {', '.join(SAMPLERS)}")
-    arguments = inspect.signature(SAMPLERS[sampler]).parameters.values()
-    known = [p.name for p in arguments if p.kind is p.KEYWORD_ONLY and p.name != "noise"]
-    for word in words:
-        if word in _DIFFUSERS:
-            raise LDMError(f"{word}: our word is {_DIFFUSERS[word]}")
-        if word not in known:
-            more = f"whose own are {', '.join(known)}" if known else "which has none of its own"
-            raise LDMError(f"{word}: no argument of `sample`, nor of {sampler}, {more}")
-
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #172c010a
-class Sampling(Denoising):
-    "A model that draws a batch: noise, guided denoising, decoding."
-
-    def _draw(
-        self,
-        batch: Mapping[str, Any] | None,
-        negative: Any,
-        seeds: Sequence[int],  # one for each image
-        guidance: tuple[float, bool, tuple[int, int] | None],  # scale, check, interval
-        sampler: str,
-        steps: int,
-        show_progress: bool,
-        options: Mapping[str, Any],  # of the sampler
-    ) -> Float[Tensor, "b 3 h w"]:
-        scale, check, interval = guidance
-        denoise, cond = self.denoiser(batch, scale, check, interval, negative)
-        noise, dtype = SeededNoise(seeds), next(self.unet.parameters()).dtype
-        x_T = noise.noise(self.latent_shape).to(self.device, torch.promote_types(dtype, torch.float32))
-        walk = SAMPLERS[sampler](denoise, x_T, self.schedule, steps=steps, cond=cond, noise=noise, **options)
-        z = last(progress(walk, "sampling", total=steps) if show_progress else walk)
-        return self.first_stage.decode(z).clamp(-1, 1).to(dtype)
-
-# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #0ced11aa
-_MOST_AT_ONCE = 2**16  # images
-
-
-def _rows(batch: Mapping[str, Any], keys: Sequence[str], rows: Sequence[int]) -> dict[str, Any]:
-    "The entries of some images, under the keys that a conditioner reads."
-    picked: dict[str, Any] = {}
-    for key in keys:
-        if key in batch:
-            value = batch[key]
-            if not isinstance(value, Sequence | Tensor | np.ndarray):
-                raise LDMError(f"prompts: {key} should be a list, a tensor or an array where batch_size is given")
-            picked[key] = [value[row] for row in rows] if isinstance(value, Sequence) else value[list(rows)]
-    return {**batch, **picked}
-
-# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #0182f304
-class Requests(Sampling):
-    "A model that is asked for pictures."
+class Sampling(ModelParts):
+    "A model that draws."
 
     @torch.no_grad()
     def sample(
         self,
-        prompts: Mapping[str, Any] | Sequence[str] | str | None = None,  # captions, or a batch: one image for each
+        prompts: Prompts = None,  # captions, or a batch: one image for each
         n: int | None = None,  # how many images of one prompt, or of an unconditional model
         steps: int = 50,  # denoising steps
         scale: float = 3.0,  # guidance scale s; 1 is unguided
@@ -260,29 +97,28 @@ class Requests(Sampling):
         show_progress: bool = False,  # a bar, on a live terminal or notebook
         check: bool = False,  # refuse a UNet whose predictions ignore the condition? See `Guidance`
         interval: tuple[int, int] | None = None,  # guide at these levels only; see `Guidance`
-        negative: Mapping[str, Any] | Sequence[str] | str | None = None,  # what to go away from: captions, or a batch
+        negative: Prompts = None,  # what to go away from: captions, or a batch
         batch_size: int | None = None,  # images at a time, always as many: an image is then the same to the bit
+        size: int | tuple[int, int] | None = None,  # pixels: of both sides, or (height, width); None: as in training
         **options: Any,  # further arguments of the sampler, such as eta=1.0
     ) -> Float[Tensor, "b 3 h w"]:
         "Images in [−1, 1], on the UNet's device, in its number format. `LDMError` where an argument makes no sense."
-        _check_words(options, sampler)
-        steps = check_count("steps", steps, 1, self.schedule.T)
-        guidance = check_number("scale", scale, -1e4, 1e4), check, interval
-        keys = self.conditioner.keys if self.conditioner is not None else ()
-        batch, count = _requests(prompts, n, keys)
-        seed = check_count("seed", seed, 0, MOST_SEED + 1 - count)
-        more = {"sampler": sampler, "steps": steps, "show_progress": show_progress, "options": options}
-        draw = partial(self._draw, guidance=guidance, **more)
-        if batch_size is None:
-            return draw(batch, negative, range(seed, seed + count))
-        negative = None if negative is None else _negative(negative, keys, count)
-        size, images = check_count("batch_size", batch_size, 1, _MOST_AT_ONCE), []
-        for start in range(seed - seed % size, seed + count, size):
-            rows = [min(max(start + i - seed, 0), count - 1) for i in range(size)]
-            some, away = (None if b is None else _rows(b, keys, rows) for b in (batch, negative))
-            drawn = draw(some, away, [seed + row for row in rows])
-            images.append(drawn[max(seed - start, 0) : seed + count - start])
+        check_sampling(self.schedule.T, steps, scale, interval, sampler, options)
+        shape = self.latent_shape if size is None else latent_shape(size, self.first_stage, self.unet.factor)
+        dtype, images = next(self.unet.parameters()).dtype, []
+        for asked in requests(prompts, n, seed, negative, batch_size, getattr(self.conditioner, "keys", ())):
+            denoise, cond = self.denoiser(asked.batch, scale, check, interval, asked.negative)
+            noise = SeededNoise(asked.seeds)
+            x_T = noise.noise(shape).to(self.device, torch.promote_types(dtype, torch.float32))
+            walk = SAMPLERS[sampler](denoise, x_T, self.schedule, steps=steps, cond=cond, noise=noise, **options)
+            z = last(progress(walk, "sampling", total=steps) if show_progress else walk)
+            images.append(self.first_stage.decode(z).clamp(-1, 1).to(dtype)[asked.kept])
         return torch.cat(images)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        "(c, h/f, w/f) of one image's latent, at the size of training."
+        return latent_shape(self.size, self.first_stage)
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #5e3d53c9
 _LOADERS: dict[str, Callable[..., Any]] = {  # folders of a checkpoint, and what loads them
@@ -290,6 +126,16 @@ _LOADERS: dict[str, Callable[..., Any]] = {  # folders of a checkpoint, and what
     "unet": UNet.from_pretrained,
     "conditioner": Conditioner.from_pretrained,
 }
+
+# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #777764c0
+def _same_stage(name: str, first_stage: FirstStage) -> dict[str, str]:
+    "What config.json says in place of a first stage; `LDMError` where that of the shipped checkpoint is another one."
+    there, here = load_first_stage(shipped_checkpoint(name)), first_stage
+    weights = here.state_dict()
+    same = there.config == here.config and all(torch.equal(v, weights[k].cpu()) for k, v in there.state_dict().items())
+    if not same:
+        raise LDMError(f"first_stage: that of '{name}' has other weights or another config than the model's own")
+    return {"name": name, "checksum": weights_checksum(there)}
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #2ab9dd2c
 def _entries(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -307,7 +153,9 @@ def _entries(config: Mapping[str, Any]) -> dict[str, Any]:
     if unknown := [name for name in found["schedule"] if name not in known]:
         raise LDMError(f"schedule has no '{unknown[0]}', only {', '.join(known)}")
     schedule, size = NoiseSchedule(**found["schedule"]), check_count("size", config["size"], 1, 2**14)
-    return {**found, "schedule": schedule, "size": size, "conditional": config["conditional"]}
+    if (stage := config.get("first_stage")) is not None:
+        load_shared_stage(stage)  # an error for any other
+    return {**found, "schedule": schedule, "size": size, "conditional": config["conditional"], "first_stage": stage}
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -323,21 +171,23 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} does not describe a LatentDiffusion: {brief(error)}") from error
 
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #1193db2f
-class LatentDiffusion(Requests, Saved):
+class LatentDiffusion(Sampling, Saved):
     "A latent diffusion model (§ 3): first stage, UNet, schedule, and a conditioner unless it is unconditional."
 
     def save_pretrained(
         self,
         folder: str | Path,  # made if it is not there
         half: bool = False,  # weights as float16
+        first_stage: str | None = None,  # the name of a shipped checkpoint that has the same one: it is not copied
     ) -> None:
         "Write config.json and a folder for each part. A save that fails leaves the old files; see `whole_folder`."
         config = {CLASS: "LatentDiffusion", "schedule": self.schedule.config, "size": self.size}
         config |= {"conditional": self.conditioner is not None, "provenance": self.provenance}
+        config |= {} if first_stage is None else {"first_stage": _same_stage(first_stage, self.first_stage)}
         _entries(config)  # an error for what could not be loaded again
         with whole_folder(folder) as new:
             for name in _LOADERS:
-                if (part := getattr(self, name)) is not None:
+                if (part := getattr(self, name)) is not None and name not in config:
                     part.save_pretrained(new / name, half=half)
             save_json(config, new / "config.json")
 
@@ -355,9 +205,10 @@ class LatentDiffusion(Requests, Saved):
     def _read(cls, folder: Path) -> "LatentDiffusion":
         "The model in a folder."
         config = _read_config(folder / "config.json")
-        conditional = config.pop("conditional")
+        conditional, stage = config.pop("conditional"), config.pop("first_stage")
         wanted = [part for part in _LOADERS if conditional or part != "conditioner"]
-        parts = {part: _LOADERS[part](folder, part=part) for part in wanted}
+        elsewhere = {} if stage is None else {"first_stage": load_shared_stage(stage)}
+        parts = elsewhere | {part: _LOADERS[part](folder, part=part) for part in wanted if part not in elsewhere}
         try:
             return cls(**parts, **config).eval()
         except LDMError as error:

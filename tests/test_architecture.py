@@ -24,8 +24,10 @@ LEVELS = {
     "diffusion": 6,
     "denoiser": 6,
     "conditioning": 7,
+    "inputs": 7.5,
     "latent_diffusion": 8,
     "evaluation": 9,
+    "published": 9,
     "training": 10,
     "cli": 11,
 }

@@ -9,7 +9,18 @@ from fake_gpu import WITH_BACKWARD, FakeGPU, HostSync, needs_cuda_build
 from torch import Tensor, nn
 
 from ldm_edu import LPIPS, AutoencoderKL, LatentDiffusion, NoiseSchedule, TextConditioner, ToyFeatures, UNet
-from ldm_edu.conditioning import Condition, Guidance, drop
+from ldm_edu.conditioning import (
+    AttributesConditioner,
+    ClassConditioner,
+    CLIPConditioner,
+    Condition,
+    Conditioner,
+    Guidance,
+    InpaintingConditioner,
+    LayoutConditioner,
+    MapConditioner,
+    drop,
+)
 from ldm_edu.data.toy.scenes import draw_scene
 from ldm_edu.diffusion import SAMPLERS, GaussianMixture, SeededNoise, ddim, diffusion_loss, last
 from ldm_edu.errors import LDMError
@@ -288,6 +299,76 @@ def test_text(gpu):
     check(conditioner(["a cube", "cube"]).context, 2, 6, 24)
     check(conditioner.null(3).context, 3, 6, 24)
     assert [copy.shape for copy in gpu.uploads] == [(2, 6), (1, 6)]  # the ids
+
+
+def clip() -> CLIPConditioner:
+    """With random weights, and a tokenizer of one letter."""
+    size = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    config = dict(vocab_size=3, max_position_embeddings=6, bos_token_id=0, eos_token_id=1, **size)
+    pieces = {"<|startoftext|>": 0, "<|endoftext|>": 1, "a</w>": 2}
+    tokenizer = {"model": {"vocab": pieces, "merges": []}, "padding": {"pad_id": 1, "pad_token": "<|endoftext|>"}}
+    return CLIPConditioner(text_config=config, tokenizer=tokenizer, length=6)
+
+
+BOXES = [torch.tensor([[1.0, 0, 0, 1, 1]]), torch.zeros(0, 5)]
+# what makes a conditioner, a batch on the device, the shape of what it says, and what is copied to the device
+CONDITIONERS: dict[str, tuple[Callable[[], Conditioner], Callable[[FakeGPU], dict], tuple, list]] = {
+    "class": (lambda: ClassConditioner(5, 8), lambda gpu: {"class": gpu.integers(2, below=5)}, (2, 1, 8), []),
+    "class, vector": (
+        lambda: ClassConditioner(5, 8, slot="vector"),
+        lambda gpu: {"class": gpu.integers(2, below=5)},
+        (2, 8),
+        [],
+    ),
+    "class, a list": (lambda: ClassConditioner(5, 8), lambda gpu: {"class": [1, 4]}, (2, 1, 8), [(2,)]),
+    "attributes": (
+        lambda: AttributesConditioner(3, 8),
+        lambda gpu: {"attributes": gpu.randn(2, 3)},
+        (2, 3, 8),
+        [],
+    ),
+    "layout": (lambda: LayoutConditioner(4, 3, 4, 16, 1), lambda gpu: {"boxes": BOXES}, (2, 9, 16), [(2, 9)]),
+    "clip": (clip, lambda gpu: {"caption": ["a", "b c"]}, (2, 6, 16), [(2, 6)]),
+    "low resolution": (
+        lambda: MapConditioner("low_resolution", factor=2, has_null=True),
+        lambda gpu: {"low_resolution": gpu.randn(2, 3, 8, 8)},
+        (2, 3, 4, 4),
+        [],
+    ),
+    "segmentation": (
+        lambda: MapConditioner("segmentation", classes=4, factor=2, out_channels=3),
+        lambda gpu: {"segmentation": gpu.integers(2, 8, 8, below=4)},
+        (2, 3, 4, 4),
+        [],
+    ),
+    "depth": (
+        lambda: MapConditioner("depth", channels=1, per_image=True),
+        lambda gpu: {"depth": gpu.randn(2, 1, 8, 8)},
+        (2, 1, 8, 8),
+        [],
+    ),
+    "inpainting": (
+        lambda: InpaintingConditioner(AutoencoderVQ(channels=32, multipliers=(1, 2), blocks=1, num_codes=16)),
+        lambda gpu: {"image": gpu.randn(2, 3, 16, 16), "mask": gpu.randn(2, 1, 16, 16)},
+        (2, 4, 8, 8),
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONDITIONERS)
+def test_conditioner(gpu, kind):
+    make, batch, shape, copies = CONDITIONERS[kind]
+    conditioner = gpu.put(make())
+    given = batch(gpu)
+    gpu.uploads.clear()
+    cond = conditioner(given)
+    (slot,) = cond.slots().values()
+    check(slot, *shape)
+    assert [copy.shape for copy in gpu.uploads] == copies
+    if null := conditioner.null(2).slots():
+        (slot,) = drop(cond, Condition(**null), 0.1, gpu.randn(2)).slots().values()
+        check(slot, *shape)
 
 
 def test_drop(gpu):

@@ -9,9 +9,9 @@ import torch
 from jaxtyping import TypeCheckError
 
 from ldm_edu import AutoencoderKL, CheckpointError, LatentDiffusion, LDMError, NoiseSchedule, TextConditioner, UNet
-from ldm_edu.conditioning import Condition, Guidance
+from ldm_edu.conditioning import Condition, Conditioner, Guidance, MergedConditioner
 from ldm_edu.diffusion.sampling import SAMPLERS, SeededNoise, ddim, last
-from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage
+from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage, load_first_stage
 
 
 def first_stage(kind: str):
@@ -416,9 +416,125 @@ def test_words_of_diffusers_are_answered_by_ours(word, ours):
 
 
 def test_other_words_are_answered_by_those_of_the_sampler():
-    with pytest.raises(LDMError, match="height: no argument of `sample`, nor of ddim, whose own are eta"):
+    with pytest.raises(LDMError, match="clip: no argument of `sample`, nor of ddim, whose own are eta"):
+        small().sample("red", clip=True)
+    with pytest.raises(LDMError, match="height: our word is size"):
         small().sample("red", height=64)
     with pytest.raises((LDMError, TypeError), match="prompts"):  # TypeError: from beartype, where types are checked
         small().sample(4)
     with pytest.raises(LDMError, match="reads caption: give a batch, a dict, with caption"):
         small().sample({"segmentation": torch.zeros(2, 16, 16)})
+
+
+# --- Sizes ---
+
+
+@pytest.mark.parametrize("kind", ["kl", "vq", "identity"])
+@pytest.mark.parametrize("size, sides", [(16, (16, 16)), (32, (32, 32)), ((16, 48), (16, 48)), ((48, 16), (48, 16))])
+def test_an_image_has_the_size_that_is_asked_for(kind, size, sides):
+    model = small(kind=kind)
+    images = model.sample("red", n=2, steps=2, size=size)
+    assert images.shape == (2, 3, *sides) and images.isfinite().all()
+    assert model.size == 16
+    if sides == (16, 16):
+        assert torch.equal(images, model.sample("red", n=2, steps=2))
+
+
+@pytest.mark.parametrize("size, said", [(17, "multiple of 2"), (0, "size=0"), ((16, 15), "multiple of 2")])
+def test_a_size_that_the_networks_cannot_divide_is_refused(size, said):
+    with pytest.raises(LDMError, match=said):
+        small().sample("red", size=size)
+
+
+@pytest.mark.parametrize("size", [(16,), (16, 16, 16), "16", 16.5, True, 10**9])
+def test_what_is_no_size_is_refused(size):
+    with pytest.raises((LDMError, TypeCheckError), match="size"):
+        small().sample("red", size=size)
+
+
+def test_the_levels_of_the_unet_count_for_the_size():
+    model = small()
+    deep = UNet(2, 2, 32, (1, 1), 1, (), 32, context_dim=32)
+    model = LatentDiffusion(model.first_stage, deep, model.schedule, model.conditioner, size=16)
+    with pytest.raises(LDMError, match="size=18 should be a multiple of 4"):
+        model.sample("red", size=18)
+
+
+# --- What is never dropped cannot be left ---
+
+
+class Kept(Conditioner):
+    """A map that is never dropped."""
+
+    keys = ("map",)
+    concat_channels = 1
+
+    def forward(self, batch):
+        return Condition(concat=batch["map"])
+
+    def null(self, b=1):
+        return Condition()
+
+
+def test_going_away_from_what_is_never_dropped_is_refused():
+    model = small()
+    unet = UNet(2, 2, 32, (1,), 1, (1,), 32, context_dim=32, concat_channels=1)
+    merged = MergedConditioner([model.conditioner, Kept()])
+    model = LatentDiffusion(model.first_stage, unet, model.schedule, merged, size=16).eval()
+    batch = {"caption": ["red"], "map": torch.zeros(1, 1, 8, 8)}
+    assert model.sample(batch, steps=1, negative="blue").shape == (1, 3, 16, 16)
+    with pytest.raises(LDMError, match="negative: this model's map is never dropped"):
+        model.sample(batch, steps=1, negative={"map": torch.ones(1, 1, 8, 8)})
+
+
+# --- A first stage that others have, too ---
+
+
+def shared(tmp_path) -> LatentDiffusion:
+    """A model on the first stage of toy-vq-f4."""
+    stage = load_first_stage("toy-vq-f4")
+    unet = UNet(3, 3, 32, (1,), 1, (1,), 32)
+    return LatentDiffusion(stage, unet, NoiseSchedule(), size=16).eval()
+
+
+def test_a_shipped_first_stage_is_named_in_place_of_a_copy(tmp_path):
+    model = shared(tmp_path)
+    model.save_pretrained(tmp_path / "whole")
+    model.save_pretrained(tmp_path / "named", first_stage="toy-vq-f4")
+    assert not (tmp_path / "named" / "first_stage").exists()
+    for again in (LatentDiffusion.from_pretrained(tmp_path / folder) for folder in ("whole", "named")):
+        assert torch.equal(again.sample(n=2, steps=2), model.sample(n=2, steps=2))
+    stage = load_first_stage(tmp_path / "named")
+    assert all(torch.equal(v, model.first_stage.state_dict()[k]) for k, v in stage.state_dict().items())
+
+
+def test_only_an_equal_first_stage_is_named(tmp_path):
+    model = shared(tmp_path)
+    with torch.no_grad():
+        model.first_stage.decoder.conv_out.bias.add_(1e-3)
+    for name, said in (("toy-vq-f4", "other weights"), ("toy-kl-f4", "another config"), ("nobody", "no shipped")):
+        with pytest.raises(LDMError, match=said):
+            model.save_pretrained(tmp_path / "new", first_stage=name)
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret", "", 3, ["toy-vq-f4"], "/tmp", "toy-vq-f4/../toy-vq-f4"])
+def test_a_config_can_name_no_first_stage_but_a_shipped_one(name, tmp_path, monkeypatch):
+    shared(tmp_path).save_pretrained(tmp_path / "model", first_stage="toy-vq-f4")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    monkeypatch.chdir(tmp_path)
+    for said in (name, config["first_stage"] | {"name": name}):
+        (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"first_stage": said}))
+        for load in (LatentDiffusion.from_pretrained, load_first_stage):
+            with pytest.raises(CheckpointError, match="no shipped checkpoint|should be an object with 'name'"):
+                load(tmp_path / "model")
+
+
+def test_a_shipped_first_stage_that_has_changed_is_noticed(tmp_path):
+    shared(tmp_path).save_pretrained(tmp_path / "model", first_stage="toy-vq-f4")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["first_stage"]["checksum"] = "0" * 16
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    for load in (LatentDiffusion.from_pretrained, load_first_stage):
+        with pytest.raises(CheckpointError, match="'toy-vq-f4' is not the one that this model was saved with"):
+            load(tmp_path / "model")

@@ -344,13 +344,13 @@ def test_exported_cells_are_short():
 
 
 def test_public_is_what_a_page_shows():
-    """About 200 names in all; what is plumbing begins with an underscore or is exported by `#| exporti`."""
+    """About 250 names in all; what is plumbing begins with an underscore or is exported by `#| exporti`."""
     public = {}
     for path in MODULES:
         if path.name != "__init__.py":
             public |= {(path, name): True for name in names_of(path)}
-    assert 150 <= len(public) <= 240
-    assert len(names_of(PACKAGE / "__init__.py")) <= 65
+    assert 150 <= len(public) <= 260
+    assert len(names_of(PACKAGE / "__init__.py")) <= 75
 
 
 def names_of(path: Path) -> list[str]:

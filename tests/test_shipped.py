@@ -222,7 +222,7 @@ def test_the_features_tell_pictures_apart():
 
 def test_it_is_small():
     files = [p for p in PRETRAINED.rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) < 40e6
+    assert sum(p.stat().st_size for p in files) < 60e6
     assert {p.suffix for p in files} <= {".json", ".safetensors"}
     configs = list(PRETRAINED.rglob("config.json"))
     assert len(configs) >= 5

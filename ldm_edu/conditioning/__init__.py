@@ -2,12 +2,20 @@
 
 from ldm_edu.conditioning.condition import Condition, Conditioner, MergedConditioner
 from ldm_edu.conditioning.guidance import Guidance, drop
+from ldm_edu.conditioning.spatial import InpaintingConditioner, MapConditioner
 from ldm_edu.conditioning.text import TextConditioner, TextTransformer, WordTokenizer, frequent_words
+from ldm_edu.conditioning.tokens import AttributesConditioner, ClassConditioner, CLIPConditioner, LayoutConditioner
 
 __all__ = [
+    "AttributesConditioner",
+    "CLIPConditioner",
+    "ClassConditioner",
     "Condition",
     "Conditioner",
     "Guidance",
+    "InpaintingConditioner",
+    "LayoutConditioner",
+    "MapConditioner",
     "MergedConditioner",
     "TextConditioner",
     "TextTransformer",

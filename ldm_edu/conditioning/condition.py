@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ldm_edu.checkpoints import Part
+from ldm_edu.checks import check_count, shown
 from ldm_edu.errors import LDMError
 
 __all__ = ["Condition", "Conditioner", "MergedConditioner"]
@@ -50,6 +51,7 @@ class Condition:
 
     def expand(self, b: int) -> "Condition":
         "A condition of one image as a batch of `b`, without a copy; one of `b` images stays as it is."
+        check_count("b", b, 0)
         if len(self) not in (1, b):
             raise LDMError(f"expand: a condition of {len(self)} images cannot become one of {b}")
         return self.map(lambda v: v.expand(b, *v.shape[1:]))
@@ -123,8 +125,17 @@ def _check_alike(a: Condition, b: Condition) -> None:
             raise LDMError(f"slot {name}: shapes {shapes} differ in more than the first dimension")
 
 
+def check_key(key: Any) -> str:
+    "`key` as it is; LDMError where it is no name of an entry of a batch."
+    if not isinstance(key, str) or not key:
+        raise LDMError(f"key={shown(key)} should be the name of an entry of a batch, such as 'class'")
+    return key
+
+
 def read_key(batch: Mapping[str, Any], key: str) -> Any:
     "What a batch holds under a key; LDMError where it has no such key."
+    if not isinstance(batch, Mapping):
+        raise LDMError(f"batch should be a dict with '{key}', not {shown(batch)}")
     if key not in batch:
         raise LDMError(f"batch: has no '{key}', only {', '.join(map(str, batch)) or 'nothing'}")
     return batch[key]
@@ -160,6 +171,11 @@ class Conditioner(Part):
         raise NotImplementedError(f"{type(self).__name__} defines no `null`")
 
     @classmethod
+    def keys_of(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+        "The keys that a conditioner with these arguments reads, also where only the data can complete them."
+        return cls.keys
+
+    @classmethod
     def complete(
         cls,
         arguments: Mapping[str, Any],  # of the constructor, from a recipe
@@ -174,6 +190,8 @@ class MergedConditioner(Conditioner):
 
     def __init__(self, conditioners: Sequence[Conditioner]):
         super().__init__()
+        if not isinstance(conditioners, Sequence) or not all(isinstance(part, Conditioner) for part in conditioners):
+            raise LDMError(f"conditioners should be a list of them, not {shown(conditioners)}")
         if not conditioners:
             raise LDMError("conditioners is empty: at least one is needed")
         self.conditioners = nn.ModuleList(conditioners)

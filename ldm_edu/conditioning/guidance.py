@@ -6,14 +6,15 @@
 __all__ = ['Guidance', 'drop']
 
 # %% ../../nbs/4_conditioning/44_guidance.ipynb #1f5e2f5a
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from ..checks import check_count, check_like, check_number, check_tensor, known_range, shown
-from .condition import Condition
+from .condition import Condition, MergedConditioner
 from ..errors import LDMError
 
 # %% ../../nbs/4_conditioning/44_guidance.ipynb #78e1b06c
@@ -106,3 +107,19 @@ def drop(
     if check_tensor("u", u, ("b",)).shape != (len(cond),):
         raise LDMError(f"u has the shape {tuple(u.shape)}, but should be ({len(cond)},): one number for each image")
     return cond.where(u >= p, null) if p or null.slots() else cond
+
+# %% ../../nbs/4_conditioning/44_guidance.ipynb #2f564e47
+def drop_apart(
+    conditioner: MergedConditioner,
+    batch: Mapping[str, Any],  # what its parts read
+    p: float | int,  # share of the images that lose the condition of a part
+    u: Float[Tensor, "b parts"],  # uniform in [0, 1), a number for each image and part
+) -> Condition:
+    "The merged condition of a batch, each part of it dropped by itself."
+    if check_tensor("u", u, ("b", "parts")).shape[1] != len(conditioner.parts):
+        raise LDMError(f"u has {u.shape[1]} numbers for each image, but there are {len(conditioner.parts)} parts")
+    kept = []
+    for k, part in enumerate(conditioner.parts):
+        cond, null = part(batch), part.null()
+        kept.append(drop(cond, null, p, u[:, k]) if null.slots() else cond)
+    return Condition.merge(kept)

@@ -138,11 +138,11 @@ def frequent_words(
 class TextLayer(nn.Module):
     "One pre-LN transformer layer without a mask (app. E.2.1, eq. 19-22)."
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(self, dim: int, heads: int, head_channels: int | None = None):
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.norm2 = nn.LayerNorm(dim)
-        self.attention = CrossAttention(dim, heads=heads, head_channels=dim // heads)
+        self.attention = CrossAttention(dim, heads=heads, head_channels=head_channels or dim // heads)
         self.mlp = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
 
     def forward(self, x: Float[Tensor, "b l d"]) -> Float[Tensor, "b l d"]:
@@ -160,16 +160,18 @@ class TextTransformer(nn.Module):
         length: int = 32,  # most tokens (77 in table 17)
         dim: int = 192,  # width of a token (1280 in table 17)
         depth: int = 3,  # layers, N (32 in table 17)
-        heads: int = 4,  # must divide dim
+        heads: int = 4,  # must divide dim where head_channels is None
+        head_channels: int | None = None,  # channels of a head; None: dim / heads (8 heads of 64 in the released code)
     ):
         super().__init__()
         check_counts(vocab_size=vocab_size, length=length, dim=dim, heads=heads)
         check_counts(0, 256, depth=depth)
-        if dim % heads:
+        check_counts(or_none=True, head_channels=head_channels)
+        if head_channels is None and dim % heads:
             raise LDMError(f"heads={heads} does not divide dim={dim}")
         self.tokens = nn.Embedding(vocab_size, dim)
         self.positions = nn.Embedding(length, dim)
-        self.layers = nn.ModuleList(TextLayer(dim, heads) for _ in range(depth))
+        self.layers = nn.ModuleList(TextLayer(dim, heads, head_channels) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, ids: Int[Tensor, "b l"]) -> Float[Tensor, "b l d"]:
@@ -192,14 +194,15 @@ class TextConditioner(Conditioner):
         length: int = 32,  # tokens a caption
         dim: int = 192,  # width of a token: the UNet's context_dim
         depth: int = 3,  # transformer layers
-        heads: int = 4,  # attention heads, must divide dim
+        heads: int = 4,  # attention heads
         strict: bool = True,  # refuse unknown words and long captions? See `WordTokenizer`
+        head_channels: int | None = None,  # see `TextTransformer`
     ):
         super().__init__()
         if isinstance(vocabulary, int | str):
             raise LDMError(f"vocabulary={vocabulary!r} should be a list of words; a number needs captions to count in")
         self.tokenizer = WordTokenizer(vocabulary, length, strict)
-        self.transformer = TextTransformer(len(self.tokenizer), length, dim, depth, heads)
+        self.transformer = TextTransformer(len(self.tokenizer), length, dim, depth, heads, head_channels)
         self.context_dim = dim
 
     def forward(self, batch: Mapping[str, Any] | Sequence[str]) -> Condition:

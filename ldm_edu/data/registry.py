@@ -6,6 +6,7 @@ from typing import Any
 from ldm_edu.data.batches import SampleDataset
 from ldm_edu.data.celeba import CelebA
 from ldm_edu.data.coco import COCO
+from ldm_edu.data.derived import Derived
 from ldm_edu.data.folders import DATA_HELP, ImageFolder
 from ldm_edu.data.toy.datasets import ToyCelebA, ToyCOCO
 from ldm_edu.errors import DataError
@@ -23,7 +24,8 @@ def known_keys(
     known = {**_TOY, **_ON_DISK}
     if name not in known:
         raise DataError(f"data set {name!r} does not exist; known: {', '.join(known)}")
-    return tuple(known[name].known_keys)
+    own = tuple(known[name].known_keys)
+    return (*own, *(key for key in Derived.known_keys if key not in own))
 
 
 def open_dataset(
@@ -38,6 +40,11 @@ def open_dataset(
     DataError where there is no data set of that name, where `data_dir` is lacking, or where the data set refuses.
     """
     known_keys(name)  # refuses a name that does not exist
+    wanted = options.get("keys", ())
+    wanted = () if isinstance(wanted, str) else tuple(wanted)
+    if set(wanted) & set(Derived.known_keys):
+        own = dict.fromkeys(["image", *(key for key in wanted if key not in Derived.known_keys)])
+        return Derived(open_dataset(name, data_dir, split, size, **{**options, "keys": tuple(own)}), wanted)
     if name in _TOY:
         return _TOY[name](split=split, size=size, **options)
     if data_dir is None:

@@ -7,6 +7,7 @@ __all__ = ['nearest', 'VectorQuantizer', 'codebook_usage', 'AutoencoderVQ', 'Ide
 
 # %% ../../nbs/1_first_stage/15_quantization.ipynb #eeb79dc0
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,8 +15,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from ..checkpoints import CLASS, find_checkpoint
-from ..checks import check_counts, check_number, check_tensor, like_weights
+from ..checkpoints import CLASS, find_checkpoint, shipped_checkpoint, weights_checksum
+from ..checks import check_counts, check_number, check_tensor, like_weights, shown
+from ..errors import CheckpointError
 from ..files import load_json
 from .autoencoder import AutoencoderKL, Decoder, DiagonalGaussian, Encoder, FirstStage, Quantized
 
@@ -177,6 +179,18 @@ class IdentityFirstStage(PointFirstStage):
         return z
 
 # %% ../../nbs/1_first_stage/15_quantization.ipynb #71a57236
+def load_shared_stage(
+    shared: Any,  # `name` of a shipped checkpoint, and `checksum` of the weights of its first stage
+) -> FirstStage:
+    "The first stage that a model shares with a shipped checkpoint; `CheckpointError` where it is another one by now."
+    if not isinstance(shared, Mapping) or set(shared) != {"name", "checksum"}:
+        raise CheckpointError(f"first_stage={shown(shared)} should be an object with 'name' and 'checksum'")
+    found = load_first_stage(shipped_checkpoint(shared["name"]))
+    if weights_checksum(found) != shared["checksum"]:
+        raise CheckpointError(f"the first stage of '{shared['name']}' is not the one that this model was saved with")
+    return found
+
+# %% ../../nbs/1_first_stage/15_quantization.ipynb #c580cc38
 def load_first_stage(
     name: str | Path,  # of a first stage or of a model that has one: a folder, a shipped checkpoint, or "user/model"
     part: str | None = None,  # subfolder; None: "first_stage" where there is one
@@ -186,6 +200,8 @@ def load_first_stage(
     if part is None and os.path.isdir(folder / "first_stage"):  # False, and no error, where it may not be looked into
         folder = folder / "first_stage"
     kind, config = FirstStage, load_json(folder / "config.json")
+    if config.get(CLASS) == "LatentDiffusion" and "first_stage" in config:  # it has that of a shipped checkpoint
+        return load_shared_stage(config["first_stage"])
     if CLASS not in config:  # version 0.1.0 named no class
         codebook = {"num_codes", "codes"} & set(config)
         kind = AutoencoderVQ if codebook else AutoencoderKL if "channels" in config else IdentityFirstStage

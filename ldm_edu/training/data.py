@@ -3,11 +3,12 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from ldm_edu.conditioning.condition import MergedConditioner
 from ldm_edu.conditioning.guidance import drop
 from ldm_edu.data.batches import SampleDataset, collate
 from ldm_edu.data.cache import SampleCache, cached
@@ -103,15 +104,17 @@ def check_fit(recipe: AnyImageRecipe, options: RunOptions) -> None:
     halvings = 2 ** (len(diffusion.multipliers) - 1) if diffusion else 1
     if recipe.size % (recipe.first_stage.f * halvings):
         raise LDMError(f"size={recipe.size} cannot be halved as often as the networks do; try a power of two")
-    if options.compile and recipe.first_stage.adversarial:
+    is_trained = diffusion is None or cast(Recipe, recipe).pretrained is None
+    if is_trained and options.compile and recipe.first_stage.adversarial:
         raise LDMError(
             "compile: the adaptive weight needs a gradient in mid-step, which a compiled network does not reliably give"
         )
     dataset, _ = (open_split(recipe, options, split) for split in ("train", "validation"))
-    with torch.device("meta"):
-        task = FirstStageTask(recipe.first_stage)
-        if task.adversary is not None:
-            task.adversary.discriminator(torch.empty(1, 3, recipe.size, recipe.size))
+    if is_trained:
+        with torch.device("meta"):
+            task = FirstStageTask(recipe.first_stage)
+            if task.adversary is not None:
+                task.adversary.discriminator(torch.empty(1, 3, recipe.size, recipe.size))
     if isinstance(recipe, Recipe):
         check_condition(recipe, [dataset[i] for i in range(min(2, len(dataset)))])
 
@@ -127,6 +130,9 @@ def check_condition(recipe: Recipe, samples: Sequence[dict[str, Any]]) -> None:
         with torch.no_grad():
             conditioner = build_conditioner(recipe.diffusion, lambda key: batch[key])
             assert conditioner is not None
+            parts = conditioner.parts if isinstance(conditioner, MergedConditioner) else []
+            if recipe.diffusion.drop_apart and not any(part.null().slots() for part in parts):
+                raise LDMError(f"drop_apart={recipe.diffusion.drop_apart}, but none of them has a null: all are kept")
             cond, null = conditioner.eval()(batch), conditioner.null()
             if null.slots():
                 cond = drop(cond, null, 0.5, torch.tensor([0.0, 1.0])[:b])

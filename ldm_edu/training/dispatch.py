@@ -10,6 +10,7 @@ from torch import nn
 from ldm_edu.checks import shown
 from ldm_edu.errors import LDMError
 from ldm_edu.files import brief
+from ldm_edu.first_stage.autoencoder import FirstStage
 from ldm_edu.first_stage.quantization import load_first_stage
 from ldm_edu.training.data import check_fit
 from ldm_edu.training.judge import FeaturesStage, FeaturesTask, ReaderStage
@@ -18,7 +19,7 @@ from ldm_edu.training.recipes import recipe_from_dict, recipe_to_dict
 from ldm_edu.training.resume import run_stage
 from ldm_edu.training.run import Run, RunOptions, open_run, settings_of_the_run
 from ldm_edu.training.stages import DiffusionStage, FirstStageStage
-from ldm_edu.training.tasks import build_conditioner, perceptual_distance
+from ldm_edu.training.tasks import build_conditioner, build_first_stage, perceptual_distance
 from ldm_edu.training.text import TextStage, check_reader
 
 __all__ = ["train"]
@@ -68,8 +69,11 @@ AGAIN = "start all of them again, with --resume (in Python resume=True), and the
 
 def check_parts(recipe: AnyRecipe, options: RunOptions) -> None:
     "`LDMError` where a network that a training begins with cannot be had: that is known before data are prepared."
-    if isinstance(recipe, Recipe | AutoencoderRecipe):
+    if isinstance(recipe, Recipe) and recipe.pretrained is not None:
+        saved_first_stage(recipe)
+    elif isinstance(recipe, Recipe | AutoencoderRecipe):
         perceptual_distance(recipe.first_stage.perceptual, options.weights_dir)
+    if isinstance(recipe, Recipe | AutoencoderRecipe):
         if isinstance(recipe, Recipe) and recipe.text is not None:
             check_reader(recipe, build_conditioner(recipe.diffusion))
     elif isinstance(recipe, ReaderRecipe):
@@ -80,18 +84,36 @@ def check_parts(recipe: AnyRecipe, options: RunOptions) -> None:
             FeaturesTask(recipe)
 
 
+def saved_first_stage(recipe: Recipe) -> FirstStage:
+    "The saved first stage that a recipe names; `LDMError` where it is not what the recipe describes."
+    found = load_first_stage(cast(str, recipe.pretrained))
+    with torch.device("meta"):
+        described = build_first_stage(recipe.first_stage)
+    if type(found) is not type(described):
+        kinds = f"is a {type(found).__name__}, but first_stage describes a {type(described).__name__}"
+        raise LDMError(f"pretrained: '{recipe.pretrained}' {kinds}")
+    for name, here in described.config.items():
+        if name not in described.follow and here != (there := found.config[name]):  # those are known after training
+            raise LDMError(f"pretrained: '{recipe.pretrained}' has {name}={there}, but first_stage says {here}")
+    return found.requires_grad_(False)
+
+
 def train_stages(recipe: AnyRecipe, run: Run) -> nn.Module:
     "Train the stages of a recipe, one after the other, and save the result."
     made: dict[str, nn.Module] = {}
     history: dict[str, Any] = {}
+    if isinstance(recipe, Recipe) and recipe.pretrained is not None:
+        made["first_stage"] = saved_first_stage(recipe).to(run.accelerator.device)
     for kind in STAGES[type(recipe)]:
         if kind is TextStage and cast(Recipe, recipe).text is None:
+            continue
+        if kind is FirstStageStage and "first_stage" in made:
             continue
         stage = cast(Any, kind)(recipe, run, made)
         average, history[stage.name] = run_stage(run, stage)
         made[stage.name] = stage.finish(average)
         history[stage.name] |= stage.about
-    if len(history) == 1:
+    if len(STAGES[type(recipe)]) == 1:
         (history,) = history.values()
 
     *_, done = cast(dict[str, Any], made).values()  # all of them have a provenance

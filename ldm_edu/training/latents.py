@@ -1,14 +1,14 @@
 """The latents of a data set, encoded once and kept."""
 
-import hashlib
 import json
 from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ldm_edu.basics import progress
+from ldm_edu.checkpoints import weights_checksum
 from ldm_edu.files import folder_for, load_notes, load_tensors, save_tensors
 from ldm_edu.data.cache import SampleCache
 from ldm_edu.errors import CheckpointError
@@ -35,14 +35,6 @@ def encode_all(
         parts.append((posterior.mean.float().cpu(), posterior.logvar.float().cpu()))
     means, logvars = zip(*parts)
     return torch.cat(means), torch.cat(logvars)
-
-
-def weights_checksum(module: nn.Module) -> str:
-    "A checksum of a module's weights."
-    total = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
-        total.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return total.hexdigest()[:16]
 
 
 def cached_latents(

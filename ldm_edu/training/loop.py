@@ -73,6 +73,7 @@ def step_randomness(
     shape: Sequence[int],  # of one latent, (c, h, w)
     T: int = 1000,  # noise levels
     repeats: Sequence[int] | None = None,  # see `repetitions`; None: `indices` are a whole batch
+    parts: int = 0,  # conditions that are dropped apart: `u_apart` (b, parts)
 ) -> dict[str, Tensor]:
     "What is random about a step: `t`, uniform `u` and `phrase` (b,), normal `noise` and `latent_noise` (b, c, h, w)."
     streams = sample_streams(seed, step, indices, repeats)
@@ -84,7 +85,8 @@ def step_randomness(
         return torch.from_numpy(np.stack([rng.standard_normal(shape, dtype=np.float32) for rng in streams]))
 
     t = torch.tensor([int(rng.integers(T)) for rng in streams])
-    return {"t": t, "u": uniform(), "noise": normal(), "latent_noise": normal(), "phrase": uniform()}
+    drawn = {"t": t, "u": uniform(), "noise": normal(), "latent_noise": normal(), "phrase": uniform()}
+    return drawn | ({"u_apart": torch.stack([uniform() for _ in range(parts)], 1)} if parts else {})
 
 # %% ../../nbs/5_latent_diffusion/53_training.ipynb #704cf8fa
 def learning_rate(training: Training, step: int) -> float:

@@ -182,6 +182,7 @@ class DiffusionRecipe(Trained):
     head_channels: int = 32  # channels of an attention head; 32 in table 14
     conditioners: tuple[ConditionerRecipe, ...] = ()  # merged where there are several; none: unconditional
     drop: float = 0.1  # how often the condition is dropped, for guidance; customary, not in the paper (44_guidance)
+    drop_apart: float = 0.0  # how often each of several conditions is dropped by itself, besides (44_guidance)
     T: int = 1000  # noise levels (tables 12–15)
     schedule: str = "scaled_linear"  # kind of the curve of betas: a key of SCHEDULES (21_diffusion)
     beta_start: float = 0.0015  # scaled linear, in the released configurations of faces, bedrooms and ImageNet
@@ -197,8 +198,11 @@ class DiffusionRecipe(Trained):
             raise LDMError(
                 f"conditioners={conditioners!r} should be a tuple of ConditionerRecipe: (ConditionerRecipe(…),)"
             )
-        if not isinstance(self.drop, int | float) or not 0 <= self.drop <= 1:
-            raise LDMError(f"drop={self.drop} must be a share from 0 to 1")
+        for name, share in {"drop": self.drop, "drop_apart": self.drop_apart}.items():
+            if not isinstance(share, int | float) or not 0 <= share <= 1:
+                raise LDMError(f"{name}={share} must be a share from 0 to 1")
+        if self.drop_apart and len(conditioners) < 2:
+            raise LDMError(f"drop_apart={self.drop_apart} needs several conditioners: drop is the share for one")
         self.noise_schedule()  # refuses nonsense
         if (self.schedule, self.prediction) == ("cosine", "epsilon"):
             why = "at its last level an error in the noise is divided by 0.00005 on the way to the image"
@@ -224,6 +228,12 @@ class Recipe(Trained):
     diffusion: DiffusionRecipe
     seed: int = 0  # of initial weights, order, noise
     text: Training | None = None  # of a warm start of the text conditioner on riddles; None: it begins untrained
+    pretrained: str | None = None  # a saved first stage that is used as it is, and that `first_stage` describes
+
+    def trained_parts(self) -> dict[str, Training | Trained]:
+        "The fields that are trained; not the first stage where a saved one is used."
+        parts = super().trained_parts()
+        return {name: part for name, part in parts.items() if self.pretrained is None or name != "first_stage"}
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #b7dc5c27
 @dataclass(frozen=True)
@@ -284,6 +294,48 @@ TOY_DEMO = Recipe(
         blocks=1,
         conditioners=(replace(TOY_TEXT, arguments={**TOY_TEXT.arguments, "dim": 64}),),
     ),
+)
+
+# %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #c5190210
+def _toy_model(
+    name: str,
+    about: str,
+    conditioners: tuple[ConditionerRecipe, ...],
+    first_stage: Recipe | AutoencoderRecipe = TOY_TEXT2IMAGE,  # has the first stage, and its name
+    dataset: str = "toy",
+    steps: int = 3000,  # a quarter of an hour or two on one core
+    **diffusion: Any,  # other fields of the diffusion recipe
+) -> Recipe:
+    "A small model on the latents of a first stage that ships with the package."
+    training = Training(steps, batch_size=64, lr=1e-3, warmup=300, ema=0.998, images=20_000)
+    fields = {"multipliers": (1, 1), "blocks": 1, "schedule": "cosine", "prediction": "v"} | diffusion
+    what = DiffusionRecipe(**{"training": training, "conditioners": conditioners, **fields})
+    return Recipe(name, about, dataset, 64, first_stage.first_stage, what, pretrained=first_stage.name)
+
+# %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #0e55a863
+TOY_CLASS = _toy_model(
+    "toy-class",
+    "the kind of the nearest thing, one of 24, to images of 64²",
+    (ConditionerRecipe("ClassConditioner", {"classes": 24, "dim": 64}),),
+)
+TOY_LAYOUT = _toy_model(
+    "toy-layout",
+    "boxes to images of 64²",
+    (ConditionerRecipe("LayoutConditioner", {"classes": 4, "max_boxes": 3, "bins": 16, "dim": 64}),),
+    steps=5000,
+)
+TOY_DEPTH_TEXT = _toy_model(
+    "toy-depth-text",
+    "a depth map and a caption, each of which may be left out, to images of 64²",
+    (
+        ConditionerRecipe(
+            "MapConditioner",
+            {"key": "depth", "channels": 1, "factor": 8, "per_image": True, "has_null": True},
+        ),
+        replace(TOY_TEXT, arguments={**TOY_TEXT.arguments, "dim": 64}),
+    ),
+    drop=0.05,  # both at once; there is no warm start for the text, since the depth says where things are
+    drop_apart=0.1,  # each by itself
 )
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #1b64ce37
@@ -367,6 +419,15 @@ TOY_FACES_FEATURES = _twin(
     "toy-faces-features", "its twin: absolute error and a distance between features", **_FEATURES
 )
 TOY_FACES_ALL = _twin("toy-faces-all", "its twin: every term of eq. 25", **_FEATURES, adversarial=_AGAINST)
+
+# %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #35dce999
+TOY_ATTRIBUTES = _toy_model(
+    "toy-attributes",
+    "16 attributes to drawn faces of 64²",
+    (ConditionerRecipe("AttributesConditioner", {"attributes": 16, "dim": 64}),),
+    TOY_FACES_ALL,
+    dataset="toy-faces",
+)
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #de14a36d
 PAPER_KL_F4 = AutoencoderRecipe(
@@ -480,11 +541,12 @@ TOY_FEATURES = FeaturesRecipe(
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #4b79cc3b
 _MODELS = (TOY_TEXT2IMAGE, CELEBA64, COCO64, TOY_DEMO)
+_CONDITIONS = (TOY_CLASS, TOY_ATTRIBUTES, TOY_LAYOUT, TOY_DEPTH_TEXT)
 _TWINS = (TOY_FACES_L1, TOY_FACES_L2, TOY_FACES_FEATURES, TOY_FACES_ALL)
 _FIRST_STAGES = (TOY_KL_F4, TOY_VQ_F4, *_TWINS, PAPER_KL_F4, PAPER_VQ_F4, SD_KL_F8)
 _JUDGES = (SCENE_READER, TOY_FEATURES)
 
-RECIPES = {recipe.name: recipe for recipe in (*_MODELS, *_FIRST_STAGES, *_JUDGES)}
+RECIPES = {recipe.name: recipe for recipe in (*_MODELS, *_CONDITIONS, *_FIRST_STAGES, *_JUDGES)}
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #e9a2a613
 AnyRecipe = Recipe | AutoencoderRecipe | ReaderRecipe | FeaturesRecipe

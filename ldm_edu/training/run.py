@@ -498,8 +498,9 @@ def write_recipe(folder: Path, recipe: AnyRecipe) -> None:
 
 def stage_trainings(recipe: AnyRecipe) -> list[Training]:
     "How each stage of a recipe is trained."
-    parts = [part for name in ("first_stage", "text", "diffusion") if (part := getattr(recipe, name, None)) is not None]
-    return [getattr(part, "training", part) for part in parts or [recipe]]
+    parts = recipe.trained_parts()
+    found = [part for name in ("first_stage", "text", "diffusion") if (part := parts.get(name)) is not None]
+    return [cast(Training, getattr(part, "training", part)) for part in found or [recipe]]
 
 
 def claim_folder(folder: Path, recipe: AnyRecipe, options: RunOptions, precision: str) -> BaseFileLock | None:

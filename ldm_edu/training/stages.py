@@ -7,6 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ldm_edu.checkpoints import weights_checksum
 from ldm_edu.conditioning.condition import Conditioner
 from ldm_edu.data.cache import SampleCache
 from ldm_edu.display import grid
@@ -22,7 +23,7 @@ from ldm_edu.training.data import (
     data_checksum,
     num_train_images,
 )
-from ldm_edu.training.latents import cached_latents, weights_checksum
+from ldm_edu.training.latents import cached_latents
 from ldm_edu.training.loop import Stage, batch_indices, repetitions, step_randomness, to_device
 from ldm_edu.training.recipes import Recipe, Training
 from ldm_edu.training.run import Run
@@ -154,7 +155,8 @@ class DiffusionStage(ImageStage):
         self, dataset: SampleCache, step: int, indices: Sequence[int], repeats: Sequence[int] | None = None
     ) -> dict[str, Any]:
         mean, logvar = (part[list(indices)] for part in self.latents[dataset])
-        random = step_randomness(self.seed, step, indices, mean.shape[1:], self.what.diffusion.T, repeats)
+        parts = len(self.what.diffusion.conditioners) if self.what.diffusion.drop_apart else 0
+        random = step_randomness(self.seed, step, indices, mean.shape[1:], self.what.diffusion.T, repeats, parts)
         z = self.first_stage.scale_factor * DiagonalGaussian(mean, logvar).sample(random["latent_noise"])
         return random | {"z": z} | condition_batch(dataset, self.keys, indices, random["phrase"])
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ldm_edu.checkpoints import find_class
 from ldm_edu.conditioning.condition import Conditioner, MergedConditioner
-from ldm_edu.conditioning.guidance import drop
+from ldm_edu.conditioning.guidance import drop, drop_apart
 from ldm_edu.denoiser.unet import UNet
 from ldm_edu.diffusion.schedule import diffusion_loss
 from ldm_edu.errors import LDMError
@@ -129,7 +129,7 @@ def conditioner_keys(recipe: DiffusionRecipe) -> tuple[str, ...]:
     "The keys of a batch that a recipe's conditioners read."
     found: list[str] = []
     for line in recipe.conditioners:
-        keys = conditioner_class(line.name).keys
+        keys = conditioner_class(line.name).keys_of(line.arguments)
         try:  # they may depend on the arguments
             with torch.random.fork_rng(devices=[]), torch.device("meta"):
                 keys = _build_line(line, no_column).keys
@@ -175,13 +175,18 @@ class DiffusionTask(nn.Module):
             **slots,
         )
         self.schedule = what.noise_schedule()
-        self.drop = what.drop
+        self.drop, self.drop_apart = what.drop, what.drop_apart
 
     def forward(self, batch: Mapping[str, Any]) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         "Make the condition, drop it for some of the images, predict what the schedule says."
         cond = None
         if self.conditioner is not None:
-            cond = self.conditioner(batch)
+            apart = isinstance(self.conditioner, MergedConditioner) and self.drop_apart > 0
+            cond = (
+                drop_apart(cast(MergedConditioner, self.conditioner), batch, self.drop_apart, batch["u_apart"])
+                if apart
+                else self.conditioner(batch)
+            )
             if (null := self.conditioner.null()).slots():
                 cond = drop(cond, null, self.drop, batch["u"])
         loss = diffusion_loss(self.unet, self.schedule, batch["z"], batch["t"], batch["noise"], cond)

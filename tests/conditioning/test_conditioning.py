@@ -1,4 +1,4 @@
-"""ldm_edu.conditioning.text: conditions, the word tokenizer, the text transformer held against torch's."""
+"""ldm_edu.conditioning.text: conditions, the word tokenizer, the text transformer and its conditioner."""
 
 import random
 
@@ -172,44 +172,7 @@ def test_a_bare_string_is_refused():
         WordTokenizer(VOCABULARY)("a red ball")
 
 
-# ---- TextTransformer
-def torch_layer(layer: nn.Module, dim: int, heads: int) -> nn.TransformerEncoderLayer:
-    "torch's own pre-LN layer with the weights of ours; its biases of q, k, v, which ours has not, are zero."
-    theirs = nn.TransformerEncoderLayer(
-        dim, heads, 4 * dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-    )
-    ours = layer.state_dict()
-    qkv = torch.cat([ours[f"attention.to_{x}.weight"] for x in "qkv"])
-    named = {"self_attn.in_proj_weight": qkv, "self_attn.in_proj_bias": torch.zeros(3 * dim)}
-    pairs = {
-        "self_attn.out_proj": "attention.to_out.0",
-        "linear1": "mlp.0",
-        "linear2": "mlp.2",
-        "norm1": "norm1",
-        "norm2": "norm2",
-    }
-    named |= {f"{a}.{kind}": ours[f"{b}.{kind}"] for a, b in pairs.items() for kind in ("weight", "bias")}
-    theirs.load_state_dict(named)
-    return theirs
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_the_transformer_equals_torchs(seed):
-    rng = random.Random(seed)
-    torch.manual_seed(seed)
-    heads, depth, length, vocabulary = rng.choice([1, 2, 4]), rng.randint(1, 4), rng.randint(2, 12), rng.randint(3, 50)
-    dim = heads * rng.choice([4, 6, 16])
-    model = TextTransformer(vocabulary, length, dim, depth, heads)
-    for p in model.parameters():  # norms and biases too
-        nn.init.normal_(p, std=0.5)
-    ids = torch.randint(vocabulary, (rng.randint(1, 5), rng.randint(1, length)))
-    x = model.tokens(ids) + model.positions(torch.arange(ids.shape[1]))
-    for layer in model.layers:
-        x = torch_layer(layer, dim, heads)(x)
-    x = nn.functional.layer_norm(x, (dim,), model.norm.weight, model.norm.bias)
-    torch.testing.assert_close(model(ids), x, atol=1e-4, rtol=1e-4)
-
-
+# ---- TextTransformer, which test_text_encoders.py holds against others
 @pytest.mark.parametrize("seed", range(3))
 def test_a_batch_of_n_equals_n_batches_of_one(seed):
     torch.manual_seed(seed)

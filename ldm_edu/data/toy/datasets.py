@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 from ldm_edu.data.batches import _check_keys, _check_size, _check_split, data_count
 from ldm_edu.data.toy.captions import captions
 from ldm_edu.data.toy.faces import FACE_ATTRIBUTES, FACE_SEGMENTS, Face, draw_face, face_truth, render_faces
-from ldm_edu.data.toy.scenes import SPLITS, Scene, draw_scene, render, truth
+from ldm_edu.data.toy.scenes import PAIRS, SPLITS, Scene, draw_scene, render, truth
 
 __all__ = ["ToyCOCO", "ToyCelebA"]
 
@@ -64,12 +64,14 @@ class ToyCOCO(Drawn):
     """Scenes of one to three things on a floor, with captions and with the truth about every pixel.
 
     A sample is a dict of the `keys` that were asked for: `image` (3, size, size) in [-1, 1], `caption`, `captions` (a
-    list of five, the first of them `caption`), and `segmentation`, `depth`, `boxes`, `instances` as in `scenes.truth`.
+    list of five, the first of them `caption`), `class`, the index in `class_names` of the thing nearest to the camera,
+    and `segmentation`, `depth`, `boxes`, `instances` as in `scenes.truth`.
     """
 
     splits = SPLITS
     truths = ("segmentation", "depth", "boxes", "instances")  # see `scenes.truth`
-    known_keys = ("image", "caption", "captions", *truths)
+    known_keys = ("image", "caption", "captions", "class", *truths)
+    class_names: ClassVar[list[str]] = [f"{colour} {shape}" for colour, shape in PAIRS]
 
     def __init__(
         self,
@@ -97,6 +99,9 @@ class ToyCOCO(Drawn):
         n = max(needed.get(key, 0) for key in self.keys)
         scenes, texts = zip(*(self._draw(operator.index(index), n) for index in indices))
         parts = {"captions": texts, "caption": [text[0] for text in texts if text]}
+        if "class" in self.keys:
+            nearest = [min(scene.things, key=lambda thing: thing.y) for scene in scenes]
+            parts["class"] = [PAIRS.index((thing.colour, thing.shape)) for thing in nearest]
         if "image" in self.keys:
             parts["image"] = render(scenes, self.size)
         if set(self.truths) & set(self.keys):
