@@ -52,6 +52,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            'ldm_edu/conditioning/spatial.py'),
                                               'ldm_edu.conditioning.spatial.check_map_arguments': ( '4_conditioning/spatial.html#check_map_arguments',
                                                                                                     'ldm_edu/conditioning/spatial.py'),
+                                              'ldm_edu.conditioning.spatial.check_sizes': ( '4_conditioning/spatial.html#check_sizes',
+                                                                                            'ldm_edu/conditioning/spatial.py'),
                                               'ldm_edu.conditioning.spatial.one_hot': ( '4_conditioning/spatial.html#one_hot',
                                                                                         'ldm_edu/conditioning/spatial.py'),
                                               'ldm_edu.conditioning.spatial.relative': ( '4_conditioning/spatial.html#relative',

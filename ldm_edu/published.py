@@ -25,7 +25,7 @@ from .denoiser.unet import UNet, check_unet_arguments, down_plan, head_count, up
 from .diffusion.levels import SCHEDULES
 from .diffusion.schedule import NoiseSchedule
 from .errors import CheckpointError, LDMError
-from .files import brief, load_json, save_json, save_tensors, whole_folder, write_text
+from .files import brief, load_json, parse_json, save_json, save_tensors, whole_folder, write_text
 from .first_stage.autoencoder import AutoencoderKL, FirstStage
 from .first_stage.published import FILES, KINDS, OLD_ATTENTION, build, from_released, load_published
 from .first_stage.published import PREFIX as FIRST_STAGE
@@ -1086,7 +1086,7 @@ def _save_unet(unet: UNet, folder: Path, sample_size: int | None = None) -> None
 
 def _save_text(conditioner: CLIPConditioner, folder: Path) -> None:
     "Write text_encoder/ and tokenizer/ as transformers does."
-    words = conditioner.tokenizer
+    words = parse_json(conditioner.ids.words.to_str())  # whole, whatever was given
     bare = _text_tensors({name.removeprefix("encoder."): x for name, x in conditioner.state_dict().items()})
     config = conditioner.text_config | {
         "architectures": ["CLIPTextModel"],

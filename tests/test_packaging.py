@@ -61,7 +61,7 @@ def test_the_shipped_checkpoints_are_small_and_no_pickles():
     files = [p for p in (ROOT / "ldm_edu" / "pretrained").rglob("*") if p.is_file()]
     assert len(files) >= 10
     assert {p.suffix for p in files} <= {".json", ".safetensors", ".md"}
-    assert sum(p.stat().st_size for p in files) <= 40e6
+    assert sum(p.stat().st_size for p in files) <= 60e6
 
 
 def test_a_wheel_outside_the_repository_samples(installed, tmp_path):

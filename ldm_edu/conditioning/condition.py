@@ -171,7 +171,7 @@ class Conditioner(Part):
         raise NotImplementedError(f"{type(self).__name__} defines no `null`")
 
     @classmethod
-    def keys_of(cls, arguments: Mapping[str, Any]) -> tuple[str, ...]:
+    def keys_of(cls, arguments: Mapping[str, Any]) -> Sequence[str]:
         "The keys that a conditioner with these arguments reads, also where only the data can complete them."
         return cls.keys
 

@@ -64,6 +64,12 @@ def relative(x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
 _LARGEST = 1e4  # numbers in a map: larger ones leave float16, and no network learns from them
 
 
+def check_sizes(key: str, x: Tensor, most: float) -> None:
+    "LDMError where a map is known to hold numbers that are larger than `most`, or none."
+    if (ends := known_range(x)) is not None and not -most <= ends[0] <= ends[1] <= most:
+        raise LDMError(f"{key} should hold numbers of at most {most:g}, but runs from {ends[0]} to {ends[1]}")
+
+
 def check_map_arguments(
     channels: int, classes: int | None, factor: int, out_channels: int | None, per_image: bool, has_null: bool
 ) -> None:
@@ -99,9 +105,7 @@ class MapConditioner(Conditioner):
         "The condition of a batch that holds the map under `key`; LDMError where it has another shape."
         key, x = self.keys[0], read_key(batch, self.keys[0])
         x = one_hot(key, x, self.classes) if self.classes else check_map(key, x, self.channels)
-        most = sys.float_info.max if self.per_image else _LARGEST
-        if (ends := known_range(x)) is not None and not -most <= ends[0] <= ends[1] <= most:
-            raise LDMError(f"{key} should hold numbers of at most {most:g}, but runs from {ends[0]} to {ends[1]}")
+        check_sizes(key, x, sys.float_info.max if self.per_image else _LARGEST)
         x = shrink(relative(x) if self.per_image else x, self.factor, key)
         return Condition(concat=x if self.project is None else self.project(x.to(self.project.weight)))
 

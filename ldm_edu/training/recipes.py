@@ -198,9 +198,8 @@ class DiffusionRecipe(Trained):
             raise LDMError(
                 f"conditioners={conditioners!r} should be a tuple of ConditionerRecipe: (ConditionerRecipe(…),)"
             )
-        for name, share in {"drop": self.drop, "drop_apart": self.drop_apart}.items():
-            if not isinstance(share, int | float) or not 0 <= share <= 1:
-                raise LDMError(f"{name}={share} must be a share from 0 to 1")
+        for name in ("drop", "drop_apart"):
+            check_number(name, getattr(self, name), 0, 1)
         if self.drop_apart and len(conditioners) < 2:
             raise LDMError(f"drop_apart={self.drop_apart} needs several conditioners: drop is the share for one")
         self.noise_schedule()  # refuses nonsense

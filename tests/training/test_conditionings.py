@@ -220,8 +220,8 @@ def test_parts_are_dropped_apart_while_training(tmp_path):
     "diffusion, message",
     [
         (dict(drop_apart=0.1), "drop_apart=0.1 needs several conditioners"),
-        (dict(drop_apart=1.1), "drop_apart=1.1 must be a share"),
-        (dict(drop=-0.1), "drop=-0.1 must be a share"),
+        (dict(drop_apart=1.1), "drop_apart=1.1 should be a finite number"),
+        (dict(drop=-0.1), "drop=-0.1 should be a finite number"),
     ],
 )
 def test_shares_that_cannot_be_are_refused(diffusion, message):
