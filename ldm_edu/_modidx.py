@@ -886,6 +886,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                          'ldm_edu/published.py'),
                                    'ldm_edu.published._parts_of_folder': ( 'workshop/published_models.html#_parts_of_folder',
                                                                            'ldm_edu/published.py'),
+                                   'ldm_edu.published._path': ('workshop/published_models.html#_path', 'ldm_edu/published.py'),
                                    'ldm_edu.published._places': ('workshop/published_models.html#_places', 'ldm_edu/published.py'),
                                    'ldm_edu.published._released_config': ( 'workshop/published_models.html#_released_config',
                                                                            'ldm_edu/published.py'),

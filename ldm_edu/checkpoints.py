@@ -25,6 +25,7 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
+from ldm_edu.checks import shown
 from ldm_edu.errors import CheckpointError, LDMError
 from ldm_edu.files import brief, load_json, load_tensors, save_json, save_tensors, unchanged, whole_folder
 
@@ -54,15 +55,15 @@ def checkpoint_path(name: str | Path) -> Path:
     if is_shipped:
         return shipped
     known = sorted(path.name for path in PRETRAINED.glob("*") if path.is_dir())
-    shown = str(name) if len(str(name)) <= 200 else f"{str(name)[:200]}..."
-    raise CheckpointError(f"no folder and no shipped checkpoint {shown!r}; shipped: {', '.join(known) or 'none'}")
+    told = str(name) if len(str(name)) <= 200 else f"{str(name)[:200]}..."
+    raise CheckpointError(f"no folder and no shipped checkpoint {told!r}; shipped: {', '.join(known) or 'none'}")
 
 
 def shipped_checkpoint(name: Any) -> Path:
     "The folder of the shipped checkpoint of that name, whatever other folders there are; CheckpointError for no name."
     known = {path.name: path for path in PRETRAINED.glob("*") if path.is_dir()}
     if not isinstance(name, str) or name not in known:
-        raise CheckpointError(f"{brief(ValueError(name))[:80]} is no shipped checkpoint; shipped: {', '.join(known)}")
+        raise CheckpointError(f"{shown(name)} is no shipped checkpoint; shipped: {', '.join(known)}")
     return known[name]
 
 

@@ -577,6 +577,13 @@ def _diffusers_unet_config(config: Mapping[str, Any], sample_size: int | None = 
     return theirs
 
 # %% ../nbs/workshop/published_models.ipynb #6f111a9f
+def _path(path: Any) -> Path:
+    "The place of a file or a folder; LDMError where that is none."
+    if not isinstance(path, str | Path) or not str(path):
+        raise LDMError(f"path={shown(path)} should be a file or a folder")
+    return Path(os.path.expanduser(path))
+
+
 @contextmanager
 def _about(path: Path) -> Iterator[None]:
     "Within the block, what is refused becomes a CheckpointError that names `path`."
@@ -627,7 +634,7 @@ def load_published_unet(
     concat_channels: int | None = None,  # None: as many as it takes more than it gives
 ) -> UNet:
     "A published UNet in eval mode, as float32; CheckpointError names the file and says what does not fit."
-    path = Path(os.path.expanduser(path))
+    path = _path(path)
     if os.path.isdir(path):
         if heads is not None or head_channels is not None:
             raise LDMError("heads and head_channels are for a file: a folder's config.json says them")
@@ -1017,7 +1024,7 @@ def load_published_model(
     CheckpointError names the file or folder where a part is missing, is of a kind that this package does not have, or
     does not fit. Nothing in a file is run. Running averages in a file (`model_ema.`) are not read.
     """
-    path = Path(os.path.expanduser(path))
+    path = _path(path)
     if scale_factor is not None:
         check_number("scale_factor", scale_factor, above=0)
     if schedule is not None and not isinstance(schedule, NoiseSchedule):

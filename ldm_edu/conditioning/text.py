@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from .condition import Condition, Conditioner, read_key
-from ..checks import WHOLE, check_count, check_counts, known_range
+from ..checks import WHOLE, check_count, check_counts, known_range, shown
 from ..denoiser.attention import CrossAttention
 from ..errors import LDMError
 
@@ -116,6 +116,8 @@ class WordTokenizer:
         "The ids of a list of prompts, one row each."
         if isinstance(prompts, str | bytes):
             raise LDMError(f"prompts are a list of strings: [{prompts!r}] rather than {prompts!r}")
+        if not isinstance(prompts, Sequence):
+            raise LDMError(f"captions should be a list of texts, not {shown(prompts)}")
         return torch.tensor([self.encode(prompt) for prompt in prompts], dtype=torch.long).view(-1, self.length)
 
     def decode(self, ids: Int[Tensor, "b l"]) -> list[str]:

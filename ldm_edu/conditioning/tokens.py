@@ -334,6 +334,8 @@ def open_clip_text(
 
     if (pretrained is None) == (text_config is None) or (text_config is None) != (tokenizer is None):
         raise LDMError("give either pretrained, a folder or a model on the hub, or text_config and tokenizer")
+    if tokenizer is not None and not isinstance(tokenizer, Mapping):
+        raise LDMError(f"tokenizer should be a dict, see `read_clip_tokenizer`, not {shown(tokenizer)}")
     if text_config is None:
         if torch.empty(0).is_meta:  # a saved conditioner is first built there: it must not name another one
             raise LDMError("pretrained names another encoder: it can be given, and not be loaded or built on 'meta'")
