@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .checkpoints import CLASS, check_fit, plainly
 from .checks import check_choice, check_count, check_number, shown
-from .conditioning.tokens import CLIPConditioner, read_clip_tokenizer
+from .conditioning.clip_text import read_clip_tokenizer
+from .conditioning.tokens import CLIPConditioner
 from .denoiser.unet import UNet, check_unet_arguments, down_plan, head_count, up_plan
 from .diffusion.levels import SCHEDULES
 from .diffusion.schedule import NoiseSchedule

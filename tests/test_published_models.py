@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm_edu import published
+from ldm_edu.conditioning.clip_text import read_clip_tokenizer
 from ldm_edu.conditioning.text import TextConditioner
-from ldm_edu.conditioning.tokens import CLIPConditioner, read_clip_tokenizer
+from ldm_edu.conditioning.tokens import CLIPConditioner
 from ldm_edu.denoiser.unet import UNet
 from ldm_edu.diffusion.sampling import ddim, last
 from ldm_edu.diffusion.schedule import NoiseSchedule
