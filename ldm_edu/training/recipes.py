@@ -316,6 +316,7 @@ TOY_CLASS = _toy_model(
     "toy-class",
     "the kind of the nearest thing, one of 24, to images of 64²",
     (ConditionerRecipe("ClassConditioner", {"classes": 24, "dim": 64}),),
+    steps=6000,
 )
 TOY_LAYOUT = _toy_model(
     "toy-layout",
