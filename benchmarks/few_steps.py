@@ -5,14 +5,13 @@
 Every sampler draws the same captions of the test split, caption i from the noise of seed i, with few and with many
 steps and at three guidance scales. The judge says of each picture whether its caption was drawn exactly. A difference
 to DDIM with 50 steps is paired, caption by caption, and has its 95 % interval from a bootstrap over captions. Writes
-benchmarks/few_steps.md and, for the lesson, ldm_edu/results/few_steps.json. A run that was cut off goes on where it
+ldm_edu/results/few_steps.json and, as a table, benchmarks/few_steps.md. A run that was cut off goes on where it
 stopped.
 """
 
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,13 +19,21 @@ from scipy.stats import bootstrap
 
 from ldm_edu import LatentDiffusion, SceneReader, prompt_accuracy
 from ldm_edu.basics import progress
-from ldm_edu.evaluation.judge import Share
 from ldm_edu.evaluation.prompts import captions_of
 from ldm_edu.files import load_json, save_json
+from ldm_edu.measurements import Measurement, measured_here
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE.parent / "ldm_edu" / "results" / "few_steps.json"
 REFERENCE = ("ddim", 50)
+ABOUT = (
+    "toy-text2image (v-prediction, cosine schedule), float32, captions of the test split, caption i from the noise of "
+    "seed i. *Calls*: of the denoiser. *Drawn exactly*: every thing of the caption and nothing else, read by the "
+    "judge, with Wilson's interval. *Against DDIM* with 50 steps at the same scale: difference in points, paired by "
+    "caption, with its interval from a bootstrap over captions. No interval contains what another training of the "
+    "model or the judge's own errors would change. The scale that was chosen on validation captions is 6; `sample` "
+    "takes 3 where none is given. *Guided at* some levels: at the others the scale is 1."
+)
 # Name in the table: steps, and the levels that are guided. Heun's method asks twice a step, but for the last one: 2,
 # 4, 8, 13 and 25 steps are 3, 7, 15, 25 and 49 calls.
 RUNS: dict[str, tuple[tuple[int, ...], tuple[int, int] | None]] = {
@@ -53,41 +60,25 @@ def drawn_exactly(
     return found
 
 
-def difference(one: Sequence[bool], other: Sequence[bool]) -> list[float]:
+def difference(one: Sequence[bool], other: Sequence[bool]) -> tuple[float, float, float]:
     """The mean difference in points, and its 95 % interval over captions."""
     apart = 100 * (np.array(one, float) - np.array(other, float))
     if not apart.any():
-        return [0.0, 0.0, 0.0]
+        return 0.0, 0.0, 0.0
     low, high = bootstrap((apart,), np.mean, method="percentile", rng=np.random.default_rng(0)).confidence_interval
-    return [round(float(value), 2) for value in (apart.mean(), low, high)]
+    return float(apart.mean()), float(low), float(high)
 
 
-def rows_of(found: Mapping[tuple[str, int], Sequence[bool]], scale: float) -> list[dict[str, Any]]:
-    """One row for each sampler and number of steps."""
-    return [
-        {
-            "scale": scale,
-            "sampler": name,
-            "steps": steps,
-            "calls": 2 * steps - 1 if name == "heun" else steps,
-            "right": sum(right),
-            "n": len(right),
-            "difference": difference(right, found[REFERENCE]),
-        }
-        for (name, steps), right in found.items()
-    ]
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The rows of one scale as Markdown."""
-    lines = ["", f"## Scale {rows[0]['scale']:g}", "", "| sampler | steps | calls | drawn exactly | against DDIM |"]
-    lines += ["|---|---|---|---|---|"]
-    for row in rows:
-        mean, low, high = row["difference"]
-        told = "" if (row["sampler"], row["steps"]) == REFERENCE else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
-        exact = Share(row["right"], row["n"])
-        lines.append(f"| {row['sampler']} | {row['steps']} | {row['calls']} | {exact} | {told} |")
-    return lines
+def numbers_of(found: Mapping[tuple[str, int], Sequence[bool]], scale: float) -> list[Measurement]:
+    """What each sampler draws with each number of steps, and how far that is from the reference."""
+    numbers = []
+    for (name, steps), right in found.items():
+        of = {"scale": scale, "sampler": name, "steps": steps, "calls": 2 * steps - 1 if name == "heun" else steps}
+        numbers.append(Measurement.share("drawn exactly", sum(right), len(right), of=of))
+        if (name, steps) != REFERENCE:
+            apart, low, high = difference(right, found[REFERENCE])
+            numbers.append(Measurement("against DDIM", apart, of, "points", low, high, len(right)))
+    return numbers
 
 
 def main() -> None:
@@ -97,8 +88,8 @@ def main() -> None:
     parser.add_argument("--scales", type=float, nargs="+", default=[2.0, 3.0, 6.0], help="of the guidance")
     parser.add_argument("--threads", type=int, default=2, help="that torch computes with")
     parser.add_argument("--runs", type=Path, default=Path("runs/few_steps.json"), help="where the answers are kept")
-    parser.add_argument("--out", type=Path, default=HERE / "few_steps.md", help="the tables")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the same numbers, for the lesson")
+    parser.add_argument("--out", type=Path, default=HERE / "few_steps.md", help="the table")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the numbers")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
@@ -106,18 +97,7 @@ def main() -> None:
     captions = captions_of("test", args.captions)
     args.runs.parent.mkdir(parents=True, exist_ok=True)
     answers = load_json(args.runs) if args.runs.exists() else {}
-    lines = [
-        "# How few steps?",
-        "",
-        f"`python benchmarks/few_steps.py --captions {args.captions}`, CPU, float32, torch {torch.__version__}.",
-        "",
-        "toy-text2image (v-prediction, cosine schedule), captions of the test split, caption i from seed i. "
-        "*Calls*: of the denoiser. *Drawn exactly*: every thing of the caption and nothing else, read by the judge. "
-        "*Against DDIM* with 50 steps: difference in points, paired by caption, with its 95 % interval. The scale that "
-        "was chosen on validation captions is 6; `sample` takes 3 where none is given. *Guided at* some levels: at the "
-        "others the scale is 1.",
-    ]
-    rows: list[dict[str, Any]] = []
+    numbers: list[Measurement] = []
     for scale in args.scales:
         found: dict[tuple[str, int], list[bool]] = {}
         for name, steps in [(name, n) for name, (counts, _) in RUNS.items() for n in counts]:
@@ -127,11 +107,11 @@ def main() -> None:
                 answers[key] = drawn_exactly(model, reader, captions, name, steps, scale)
                 save_json(answers, args.runs)
             found[name, steps] = answers[key]
-        rows += rows_of(found, scale)
-        lines += table([row for row in rows if row["scale"] == scale])
-    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    machine = f"CPU, float32, torch {torch.__version__}"
-    save_json({"captions": args.captions, "split": "test", "machine": machine, "rows": rows}, args.results)
+        numbers += numbers_of(found, scale)
+    measured = measured_here("How few steps? toy-text2image with each sampler", numbers, ABOUT, seed=0)
+    measured.save(args.results)
+    page = f"# {measured.title}\n\n{measured.about}\n\n{measured.table(digits=1)}\n\n{measured.source()}\n"
+    args.out.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

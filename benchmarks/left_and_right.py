@@ -6,12 +6,11 @@ Every variant begins with the recipe of toy-text2image without its warm start, w
 noise schedule, which is how the model was trained that could not tell left from right, and changes one thing or two.
 All have the first stage that ships with the package, the learning rate of the whole run, and the same samples in the
 same order. On the way each is asked about held-out captions in which left and right are swapped, and others with front
-and behind. Writes benchmarks/left_and_right.md and, for the lesson, ldm_edu/results/left_and_right.json. A variant that
-is there already is not trained again.
+and behind. Writes ldm_edu/results/left_and_right.json and, as a table of the last step, benchmarks/left_and_right.md.
+A variant that is there already is not trained again.
 """
 
 import argparse
-import json
 import re
 import shutil
 from collections.abc import Mapping
@@ -23,7 +22,7 @@ import torch
 
 from ldm_edu import ToyCOCO, collate, load_first_stage
 from ldm_edu.evaluation.conditions import score_condition
-from ldm_edu.files import load_json, save_json
+from ldm_edu.measurements import Measurement, load_measurements, measured_here
 from ldm_edu.training.loop import optimise
 from ldm_edu.training.recipes import TOY_TEXT2IMAGE, ConditionerRecipe, DiffusionRecipe, Recipe
 from ldm_edu.training.resume import run_stage
@@ -33,7 +32,16 @@ from ldm_edu.training.state import make_state
 from ldm_edu.training.text import TextStage
 
 HERE = Path(__file__).resolve().parent
-PAIRS = {"left": ("left", "right"), "front": ("in front of", "behind")}  # words that are swapped
+RESULTS = HERE.parent / "ldm_edu" / "results" / "left_and_right.json"
+PAIRS = {"left, right": ("left", "right"), "front, behind": ("in front of", "behind")}  # words that are swapped
+ABOUT = (
+    "Variants of toy-text2image, trained in bf16 with batches of 64, asked on the way about held-out captions with one "
+    "of two words. *Loss*: with the caption as it is. *Rise with swapped words*, *rise without caption*: how much it "
+    "rises when the two words are exchanged, and when there is no caption. *Cost*: the first rise in percent of the "
+    "second. *Move*: how far the exchange moves the tokens of the text transformer, relative to their length. Losses "
+    "of ε- and of v-prediction are of different targets and cannot be compared. One seed each: what another one would "
+    "change is in no interval."
+)
 
 
 def changed(recipe: Recipe, **what: Any) -> Recipe:
@@ -104,21 +112,26 @@ def questions(n: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     return asked
 
 
-def ask(model: Any, asked: Mapping[str, Any]) -> dict[str, list[float]]:
+def ask(model: Any, asked: Mapping[str, Any], **of: str | int) -> list[Measurement]:
     """For each pair the loss, its rise with the words swapped and without a caption, and how far tokens move."""
-    answers = {}
-    for name, (batch, other) in asked.items():
+    numbers = []
+    for words, (batch, other) in asked.items():
         scores = score_condition(model.eval(), batch, other=other)
+        assert scores.null is not None
         with torch.no_grad():
             own, moved = (model.conditioner(captions).context for captions in (batch["caption"], other["caption"]))
-        far = ((own - moved).norm() / own.norm()).item()
-        numbers = scores.own.value, scores.other.value, scores.null.value, far
-        answers[name] = [float(f"{number:.4g}") for number in numbers]
-    return answers
+        what: dict[str, Any] = {"of": {**of, "words": words}, "n": len(batch["caption"])}
+        means = {"loss": scores.own, "rise with swapped words": scores.other, "rise without caption": scores.null}
+        numbers += [Measurement.mean(name, mean.value, mean.error, **what) for name, mean in means.items()]
+        if scores.null.value:  # 0 where nothing has been learned yet
+            numbers.append(Measurement("cost", 100 * scores.other.value / scores.null.value, unit="%", **what))
+        numbers.append(Measurement("move", ((own - moved).norm() / own.norm()).item(), **what))
+    return numbers
 
 
-def learn(recipe: Recipe, half: bool, folder: Path, steps: int, asked: Mapping[str, Any]) -> list[dict[str, Any]]:
+def learn(name: str, folder: Path, steps: int, asked: Mapping[str, Any]) -> list[Measurement]:
     """Train a variant for some steps of its recipe; what it answers on the way."""
+    recipe, half = VARIANTS[name]
     made: dict[str, Any] = {"first_stage": load_first_stage("toy-text2image")}
     options = RunOptions(
         cache_dir=folder.parent / "cache", precision="bf16", sample_every=0, resume=(folder / "recipe.json").exists()
@@ -134,43 +147,17 @@ def learn(recipe: Recipe, half: bool, folder: Path, steps: int, asked: Mapping[s
             stage = (Half if half else DiffusionStage)(recipe, run, made)
             shutil.copytree(folder / "latents", latents, dirs_exist_ok=True)
             state, task, optimizer = make_state(run, stage)
-            curve = []
+            numbers: list[Measurement] = []
             for result in optimise(stage, run.accelerator, task, optimizer, state.ema):
                 if result.step % (steps // 8) == 0:
-                    curve.append({"step": result.step, **ask(stage.finish(state.ema.module), asked)})
-                    print(json.dumps(curve[-1]), flush=True)
+                    found = ask(stage.finish(state.ema.module), asked, variant=name, step=result.step)
+                    print(*map(str, found), sep="\n", flush=True)
+                    numbers += found
                 if result.step == steps:
                     break
-            return curve
+            return numbers
     finally:
         run.close()
-
-
-def cost(answer: list[float]) -> str:
-    """What a swapped word costs, in percent of what it costs to have no caption at all."""
-    _, other, null, _ = answer
-    return f"{round(100 * other / null)} %"
-
-
-def table(results: Mapping[str, Any]) -> str:
-    """Markdown, a line for each variant."""
-    lines = [
-        '# Why "left" was not heard',
-        "",
-        f"`python benchmarks/left_and_right.py --steps {results['steps']}`, {results['machine']}.",
-        "",
-        f"Variants of toy-text2image after {results['steps']:,} steps of 64. *Cost*: how much the loss rises when the "
-        f"words are swapped in {results['captions']} held-out captions, in percent of its rise without a caption. "
-        "*Moves*: how far the swap moves the tokens of the text transformer, relative to their length. One seed each.",
-        "",
-        "| variant | loss | left ↔ right: cost | moves | front ↔ behind: cost | moves |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, curve in results["variants"].items():
-        left, front = curve[-1]["left"], curve[-1]["front"]
-        lines.append(f"| {name} | {left[0]:.4f} | {cost(left)} | {left[3]:.2f} | {cost(front)} | {front[3]:.2f} |")
-    lines += ["", "Losses of ε- and of v-prediction are of different targets and cannot be compared."]
-    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -182,25 +169,28 @@ def main() -> None:
         "--runs", type=Path, default=Path("runs/left_and_right"), help="where caches and curves are kept"
     )
     parser.add_argument("--out", type=Path, default=HERE / "left_and_right.md", help="the table")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the numbers")
     args = parser.parse_args()
     if args.steps < 8 or args.steps % 8 or args.captions < 2:
         parser.error("--steps should be a multiple of 8, and --captions at least 2")
     torch.set_num_threads(1)
 
-    curves, asked = {}, questions(args.captions)
-    for k, (name, (recipe, half)) in enumerate(VARIANTS.items()):
-        kept = args.runs / f"variant-{k}" / "curve.json"
-        what = {"variant": name, "steps": args.steps, "captions": args.captions}
+    numbers, asked = [], questions(args.captions)
+    for k, name in enumerate(VARIANTS):
+        kept = args.runs / f"variant-{k}" / "numbers.json"
+        what = f"{args.steps} steps, {args.captions} captions"
         if not kept.exists():
             print(name, flush=True)
-            save_json(what | {"curve": learn(recipe, half, kept.parent, args.steps, asked)}, kept)
-        if what.items() - (found := load_json(kept)).items():
+            measured_here(name, learn(name, kept.parent, args.steps, asked), what).save(kept)
+        found = load_measurements(kept)
+        if (found.title, found.about) != (name, what):
             raise SystemExit(f"{kept} is of other settings: give another folder as --runs, or remove it")
-        curves[name] = found["curve"]
-    machine = f"CPU, 1 thread, bf16, torch {torch.__version__}"
-    results = {"steps": args.steps, "captions": args.captions, "machine": machine, "variants": curves}
-    args.out.write_text(table(results), encoding="utf-8")
-    save_json(results, HERE.parent / "ldm_edu" / "results" / "left_and_right.json")
+        numbers += found
+    measured = measured_here('Why "left" was not heard', numbers, ABOUT, seed=TOY_TEXT2IMAGE.seed)
+    measured.save(args.results)
+    table = measured.of(step=args.steps).table(["loss", "cost", "move"])
+    page = f"# {measured.title}\n\n{measured.about}\n\n{table}\n\n{measured.source()}\n"
+    args.out.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@
 Every variant is the recipe of toy-text2image with another schedule and fewer steps, so its learning rate falls to 0 at
 the end of them. All have the first stage that ships with the package and the same samples in the same order. The
 judge then counts which captions of the validation split each draws, from the same noise. Losses are not compared:
-each schedule asks about other noise levels. Writes benchmarks/noise_schedules.md. A run that was cut off goes on where
-it stopped, and a variant that is there already is not trained again.
+each schedule asks about other noise levels. Writes ldm_edu/results/noise_schedules.json and, as a table,
+benchmarks/noise_schedules.md. A run that was cut off goes on where it stopped, and a variant that is there already is
+not trained again.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from ldm_edu import LatentDiffusion, SceneReader, load_first_stage
 from ldm_edu.diffusion.schedule import NoiseLevels
 from ldm_edu.evaluation.prompts import captions_of, score_prompts
 from ldm_edu.files import load_json, save_json
+from ldm_edu.measurements import Measurement, measured_here
 from ldm_edu.training.recipes import TOY_TEXT2IMAGE, Recipe
 from ldm_edu.training.resume import run_stage
 from ldm_edu.training.run import RunOptions, open_run, settings_of_the_run
@@ -29,6 +31,13 @@ from ldm_edu.training.stages import DiffusionStage
 from ldm_edu.training.text import TextStage
 
 HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "ldm_edu" / "results" / "noise_schedules.json"
+ABOUT = (
+    "toy-text2image with other noise levels, its UNet trained in bf16 with batches of 64, learning rate falling to 0. "
+    "*Half way*: the first of the 1,000 levels at which the noise is as strong as the signal. *Drawn exactly*: every "
+    "thing of a validation caption and nothing else, 50 DDIM steps, read by the judge, with Wilson's interval. One "
+    "seed each: what another one would change is in no interval."
+)
 VARIANTS: dict[str, dict[str, Any]] = {  # name: fields of the recipe's diffusion part
     "scaled linear, 0.0015 to 0.0195 (the paper's images)": {"schedule": "scaled_linear"},
     "scaled linear, 0.00085 to 0.012 (its text model)": {
@@ -85,36 +94,28 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="that torch computes with")
     parser.add_argument("--runs", type=Path, default=Path("runs/noise_schedules"), help="where the runs are kept")
     parser.add_argument("--out", type=Path, default=HERE / "noise_schedules.md", help="the table")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="the numbers")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
     captions, reader = captions_of("validation", args.captions), SceneReader.from_pretrained("scene-reader")
-    lines = [
-        "# Which noise schedule?",
-        "",
-        f"`python benchmarks/noise_schedules.py --steps {args.steps} --captions {args.captions} "
-        f"--scale {args.scale:g} --threads {args.threads}`, CPU, bf16, torch {torch.__version__}.",
-        "",
-        f"toy-text2image with other noise levels, its UNet trained for {args.steps:,} steps of 64. *Half way*: the "
-        "first of the 1,000 levels at which the noise is as strong as the signal. *Drawn exactly*: every thing of the "
-        "caption and nothing else, 50 DDIM steps, read by the judge. One seed each.",
-        "",
-        "| schedule | half way | drawn exactly |",
-        "|---|---|---|",
-    ]
+    numbers: list[Measurement] = []
     for k, (name, fields) in enumerate(VARIANTS.items()):
-        folder = args.runs / f"variant-{k}"
+        folder, of = args.runs / f"variant-{k}", {"schedule": name}
         asked = {"variant": name, "steps": args.steps, "captions": args.captions, "scale": args.scale}
         if not (folder / "score.json").exists():
             print(name, flush=True)
-            model = learn(variant(fields, args.steps), folder)
-            score = score_prompts(model, reader, captions, args.scale)
-            save_json(asked | {"exact": str(score.exact)}, folder / "score.json")
+            exact = score_prompts(learn(variant(fields, args.steps), folder), reader, captions, args.scale).exact
+            save_json(asked | {"right": exact.right, "n": exact.n}, folder / "score.json")
         if asked.items() - (found := load_json(folder / "score.json")).items():
             raise SystemExit(f"{folder} is of other settings: give another folder as --runs, or remove it")
-        lines.append(f"| {name} | {half_way(fields)} | {found['exact']} |")
-        print(lines[-1], flush=True)
-    args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        numbers.append(Measurement("half way", float(half_way(fields)), of=of))
+        numbers.append(Measurement.share("drawn exactly", found["right"], found["n"], of=of))
+        print(*numbers[-2:], sep="\n", flush=True)
+    measured = measured_here("Which noise schedule?", numbers, ABOUT, seed=TOY_TEXT2IMAGE.seed)
+    measured.save(args.results)
+    page = f"# {measured.title}\n\n{measured.about}\n\n{measured.table()}\n\n{measured.source()}\n"
+    args.out.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -280,7 +280,7 @@ def _is_of(value: Any, kind: Any) -> bool:
         each = inner[:1] * len(value) if isinstance(value, list | tuple) and inner[-1] is ... else inner
         return isinstance(value, list | tuple) and len(value) == len(each) and all(map(_is_of, value, each))
     if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return isinstance(value, int | float) and not isinstance(value, bool) and -1e308 < value < 1e308
     if kind is Any:
         return True
     return isinstance(value, get_origin(kind) or kind) and (kind is not int or not isinstance(value, bool))

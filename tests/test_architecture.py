@@ -16,6 +16,7 @@ LEVELS = {
     "layers": 2,
     "devices": 2,
     "checkpoints": 2,
+    "measurements": 2,
     "basics": 3,
     "settings": 4,
     "display": 5,
@@ -29,6 +30,7 @@ LEVELS = {
     "evaluation": 9,
     "published": 9,
     "training": 10,
+    "doctor": 10.5,
     "cli": 11,
 }
 PAPER = ("first_stage", "diffusion", "denoiser", "conditioning", "latent_diffusion")

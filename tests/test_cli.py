@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +18,9 @@ from typer.testing import CliRunner
 from ldm_edu import LatentDiffusion
 from ldm_edu.checkpoints import PRETRAINED
 from ldm_edu.cli import app
+from ldm_edu.evaluation.report import last_evaluation
 from ldm_edu.files import load_notes
+from ldm_edu.measurements import Measurement, Measurements, load_measurements
 
 PROMPT = "a small red sphere left of a big blue cube"
 
@@ -97,10 +100,12 @@ def test_the_demonstration_says_where_to_go_on(tmp_path, monkeypatch):
 def test_scores_become_a_part_of_the_model(tmp_path):
     shutil.copytree(PRETRAINED / "toy-text2image", tmp_path / "model")
     before = json.loads((tmp_path / "model" / "config.json").read_text())
+    out = tmp_path / "scores.json"
     words = ["evaluate", tmp_path / "model", "--n", 4, "--steps", 2, "--choose", "--write", "--device", "cpu"]
-    result = run(*words)
+    result = run(*words, "--out", out)
     assert result.exit_code == 0, result.output
     assert "every thing of the caption" in result.output and "judge, rendered" in result.output
+    assert [path.name for path in tmp_path.iterdir() if path.name != "model"] == ["scores.json"]
     after = json.loads((tmp_path / "model" / "config.json").read_text())
     scores = after["provenance"].pop("scores")
     before["provenance"].pop("scores", None)
@@ -116,11 +121,123 @@ def test_scores_become_a_part_of_the_model(tmp_path):
                 if line.startswith(name)
             ), name
     assert scores["diversity"]["captions"] == 4 and scores["diversity"]["drawn"] in result.output
-    once = run(*words[:4], "--steps", 1, "--split", "validation", "--varied", 0, "--device", "cpu")
-    assert "validation, 4 captions" in once.output and "unseen" not in once.output.replace("unseen pairs", "")
-    assert "diversity" not in once.output
+    once = run(*words[:4], "--steps", 1, "--split", "validation", "--varied", 0, "--device", "cpu", "--out", out)
+    assert "validation, 4 images of each set" in once.output
+    assert "unseen" not in once.output.replace("unseen pairs", "") and "diversity" not in once.output
     refused = run("evaluate", "toy-text2image", "--write")
     assert refused.exit_code == 1 and "no folder" in refused.output
+
+
+def test_an_evaluation_is_printed_and_written_as_measured_numbers(tmp_path, monkeypatch):
+    """Of a model without captions, from another folder; the newest file is found again."""
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "toy-class", "--n", 4, "--steps", 2, "--sampler", "heun", "--device", "cpu"]
+    result = run(*words, "--keep-samples")
+    assert result.exit_code == 0, result.output
+    measured = last_evaluation()
+    assert measured == load_measurements("runs/evaluation/toy-class.json")
+    assert measured.keys("set") == ["drawn", "reconstructed", "real halves"] and measured.keys("sampler") == ["heun"]
+    for m in measured:
+        line = next(line for line in result.output.splitlines() if line.startswith(m.name))
+        assert any(m.text(digits) in line for digits in (2, 3, 4)), line
+    for told in ("test, 4 images of each set", "2 steps of heun, scale 3", "features: ToyFeatures, images as they are"):
+        assert told in result.output
+    assert len(list(tmp_path.glob("runs/evaluation/toy-class.samples/*/batch-*.safetensors"))) == 1
+    assert run(*words).exit_code == 0 and [path.name for path in (tmp_path / "runs" / "evaluation").iterdir()] == [
+        "toy-class.json"
+    ]
+
+
+def test_a_file_of_another_kind_is_not_replaced_by_numbers(no_work, tmp_path):
+    shutil.copytree(PRETRAINED / "toy-class", tmp_path / "model")
+    config = tmp_path / "model" / "config.json"
+    before = config.read_bytes()
+    told = one_line(run("evaluate", tmp_path / "model", "--out", config))
+    assert "what stands there is no evaluation, and is not replaced" in told and config.read_bytes() == before
+
+
+def test_numbers_of_another_kind_are_not_replaced_by_an_evaluation(no_work, tmp_path):
+    numbers = [Measurement("Fréchet distance", 1.0, {"set": "real halves"}), Measurement("loss", 1.0, {"set": "drawn"})]
+    for i, measured in enumerate([*([m] for m in numbers), []]):
+        out = tmp_path / f"{i}.json"
+        Measurements("of a benchmark", "python x.py", tuple(measured)).save(out)
+        before = out.read_bytes()
+        told = one_line(run("evaluate", "toy-class", "--out", out))
+        assert f"{out}: what stands there is no evaluation, and is not replaced" in told
+        assert out.read_bytes() == before
+
+
+QUICK = ("--n", 2, "--split", "test", "--device", "cpu")
+
+
+def test_an_evaluation_with_another_title_is_not_replaced(tmp_path, monkeypatch):
+    out = tmp_path / "x.json"
+    assert run("evaluate", "toy-class", *QUICK, "--steps", 1, "--out", out).exit_code == 0
+    assert run("evaluate", "toy-class", *QUICK, "--steps", 2, "--out", out).exit_code == 0
+    before = out.read_bytes()
+    monkeypatch.setattr("ldm_edu.cli.evaluate_model", lambda *_: pytest.fail("measured before"))
+    shutil.copytree(PRETRAINED / "toy-class", tmp_path / "mine")
+    told = one_line(run("evaluate", tmp_path / "mine", *QUICK, "--out", out))
+    assert f"{out}: what stands there is the evaluation 'toy-class: images of " in told
+    assert out.read_bytes() == before
+
+
+def test_two_models_of_one_name_have_files_of_their_own(tmp_path, monkeypatch):
+    """A number is added to the default name unless the same was measured in the same way; other files stay as well."""
+    monkeypatch.chdir(tmp_path)
+    for parent in "ab":
+        shutil.copytree(PRETRAINED / "toy-class", tmp_path / parent / "r1" / "model")
+    folder = tmp_path / "runs" / "evaluation"
+    folder.mkdir(parents=True)
+    (folder / "r1-2.json").write_text("mine")
+
+    def evaluated(model: str, *words, name: str):
+        result = run("evaluate", tmp_path / model / "r1" / "model", *QUICK, *words)
+        assert result.exit_code == 0 and f"all numbers: {Path('runs', 'evaluation', name)}\n" in result.output
+
+    evaluated("a", "--steps", 1, name="r1.json")
+    first = (folder / "r1.json").read_bytes()
+    others = [("--steps", 2), ("--steps", 1, "--n", 3), ("--steps", 1, "--scale", 2), ("--steps", 1, "--seed", 1)]
+    others += [("--steps", 1, "--split", "validation"), ("--steps", 1, "--sampler", "ddpm")]
+    others += [("--steps", 1, "--dataset", "toy", "--n", 4)]
+    for i, words in enumerate(others, 3):
+        evaluated("b", *words, name=f"r1-{i}.json")
+    evaluated("b", *others[0], name="r1-3.json")
+    assert (folder / "r1.json").read_bytes() == first and (folder / "r1-2.json").read_text() == "mine"
+    assert len(list(folder.iterdir())) == 2 + len(others)
+    evaluated("a", "--steps", 1, name="r1.json")
+
+
+def test_the_folder_of_a_run_is_no_model_to_evaluate(no_work, tmp_path):
+    shutil.copytree(PRETRAINED / "toy-class", tmp_path / "r1" / "model")
+    (tmp_path / "r1" / "recipe.json").write_text("{}")
+    told = one_line(run("evaluate", tmp_path / "r1"))
+    assert f"that is a run: give {tmp_path / 'r1' / 'model'}" in told
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals as on Unix")
+def test_ctrl_c_keeps_what_was_drawn_and_the_same_command_goes_on(tmp_path, monkeypatch):
+    """A real process and a real Ctrl-C; the numbers are those of an evaluation that was not interrupted."""
+    monkeypatch.chdir(tmp_path)
+    words = ["evaluate", "toy-class", "--n", "12", "--steps", "20", "--batch-size", "3", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ldm_edu", *words, "--out", "x.json"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    end = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < end and not list(tmp_path.glob("x.samples/*/batch-*")):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    told, _ = process.communicate(timeout=120)
+    assert process.returncode == 130 and "Traceback" not in told, told
+    assert f"the same command goes on from here:\n  ldm-edu {shlex.join(words)} --out x.json" in told
+    assert 1 <= len(list(tmp_path.glob("x.samples/*/batch-*"))) < 4 and not (tmp_path / "x.json").exists()
+    for out in ("x.json", "whole.json"):
+        assert run(*words, "--out", out).exit_code == 0
+    interrupted, whole = (load_measurements(tmp_path / out) for out in ("x.json", "whole.json"))
+    assert interrupted.numbers == whole.numbers and not (tmp_path / "x.samples").exists()
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
@@ -211,7 +328,7 @@ def no_work(monkeypatch):
     def work(*_, **__):
         raise AssertionError("worked before it was known where the result goes")
 
-    for name in ("load_first_stage", "train_recipe", "score_prompts", "ToyFeatures.from_pretrained"):
+    for name in ("load_first_stage", "train_recipe", "evaluate_model", "ToyFeatures.from_pretrained"):
         monkeypatch.setattr(f"ldm_edu.cli.{name}", work)
     monkeypatch.setattr("ldm_edu.cli.LatentDiffusion.from_pretrained", work)
 
@@ -222,7 +339,9 @@ def one_line(result) -> str:
     return result.output.strip()
 
 
-@pytest.mark.parametrize("command", [("sample", PROMPT), ("demo",), ("reconstruct",)], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "command", [("sample", PROMPT), ("demo",), ("reconstruct",), ("evaluate",)], ids=lambda words: words[0]
+)
 @pytest.mark.parametrize(
     "out, said",
     [
@@ -244,6 +363,9 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(command, out, s
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "file").write_text("something")
     (tmp_path / "loop").symlink_to("loop")
+    if command == ("evaluate",):
+        (tmp_path / "folder.json").mkdir()
+        out, said = out.replace(".png", ".json"), said.replace(".png", ".json")
     assert said in one_line(run(*command, "--device", "cpu", "--out", out))
 
 
@@ -259,8 +381,13 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(command, out, s
         (["sample", PROMPT, "--seed", str(2**64)], "--seed=18446744073709551616 should be"),
         (["sample", PROMPT, "--seed", str(2**32 - 1), "--n", "2"], "--seed=4294967295 should be"),
         (["evaluate", "--scale", "nan", "--write"], "--scale=nan should be a finite number"),
-        (["evaluate", "--n", "1000000000"], "n=1000000000: split 'test' has 1 to 50000 captions"),
+        (["evaluate", "--n", "1000000000"], "--n=1000000000 should be a whole number, 2 to 100000"),
+        (["evaluate", "--sampler", "euler"], "--sampler='euler' is not known; it can be 'ddim', "),
+        (["evaluate", "--features", "vgg"], "--features='vgg' is not known; it can be 'toy-features', "),
+        (["evaluate", "--seed", str(2**32 - 2), "--n", "3"], "--seed=4294967294 should be a whole number, 0 to"),
+        (["evaluate", "--out", "scores.png"], "--out scores.png: numbers are saved as JSON"),
         (["evaluate", "--varied", "1"], "--varied 1: diversity is a mean over captions, so it needs at least 2"),
+        (["evaluate", "--clip", ""], "--clip '': give the folder of a CLIP model"),
         (["evaluate", "--steps", "-3"], "--steps=-3 should be a whole number"),
         (["evaluate", "--split", "train"], "--split train: a model is judged by what it has not seen: validation, "),
         (["evaluate", "--write"], "--write: toy-text2image is no folder of a model"),

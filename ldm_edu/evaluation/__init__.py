@@ -1,6 +1,15 @@
 """Distances between images, the judge, and scores of whole models."""
 
 from ldm_edu.evaluation.conditions import ConditionScores, score_condition
+from ldm_edu.evaluation.distances import (
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    nearest_neighbours,
+    precision_recall,
+)
+from ldm_edu.evaluation.report import Drawing, Evaluation, evaluate, last_evaluation
+from ldm_edu.evaluation.extractors import Extractor, clip_score, extract, find_extractor
 from ldm_edu.evaluation.features import ToyFeatures
 from ldm_edu.evaluation.judge import PromptAccuracy, SceneReader, Share, prompt_accuracy, what
 from ldm_edu.evaluation.metrics import LPIPS, psnr, ssim
@@ -17,14 +26,27 @@ from ldm_edu.evaluation.reconstruction import score_first_stage
 __all__ = [
     "LPIPS",
     "ConditionScores",
+    "Drawing",
+    "Evaluation",
+    "Extractor",
     "PromptAccuracy",
     "SceneReader",
     "Share",
     "ToyFeatures",
     "captions_of",
     "choose_scale",
+    "clip_score",
     "diversity",
     "draw_captions",
+    "evaluate",
+    "extract",
+    "find_extractor",
+    "frechet_distance",
+    "inception_score",
+    "kernel_distance",
+    "last_evaluation",
+    "nearest_neighbours",
+    "precision_recall",
     "prompt_accuracy",
     "psnr",
     "score_condition",

@@ -62,7 +62,7 @@ class MiddleAttention(nn.Module):
         h = self.norm(x)
         q, k, v = (layer(h).flatten(2).mT.contiguous() for layer in (self.q, self.k, self.v))  # (b, h·w, c)
         out = fused_attention(q[:, None], k[:, None], v[:, None])[:, 0]  # PyTorch's own; one head: (b, h·w, c)
-        return x + self.proj_out(out.mT.reshape(x.shape))
+        return self.proj_out(out.mT.reshape(x.shape)) + x  # keeps the convolution's memory order: faster
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #1b95ca68
 class Middle(nn.Module):
@@ -136,7 +136,7 @@ class Encoder(nn.Module):
         h = self.conv_in(x)
         for level in self.down:
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
+        return self.conv_out(F.silu(self.norm_out(self.mid(h)))).contiguous()  # in the usual memory order again
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #c82e9912
 class Decoder(nn.Module):
@@ -171,7 +171,7 @@ class Decoder(nn.Module):
         h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             h = level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(F.silu(self.norm_out(h))).contiguous()
 
 # %% ../../nbs/1_first_stage/11_autoencoder.ipynb #f1e186c9
 class DiagonalGaussian:

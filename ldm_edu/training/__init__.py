@@ -1,5 +1,6 @@
 """Recipes, the loop that trains them, and what a run keeps in its folder."""
 
+from ldm_edu.training.costs import Costs, recipe_costs
 from ldm_edu.training.dispatch import train
 from ldm_edu.training.loop import EMA, Stage, StepResult, batch_indices, learning_rate, optimise, step_randomness
 from ldm_edu.training.recipes import (
@@ -15,6 +16,8 @@ from ldm_edu.training.recipes import (
     Training,
     find_recipe,
 )
+from ldm_edu.training.overrides import with_overrides
+from ldm_edu.training import paper_recipes  # noqa: F401  puts the paper's recipes among the others
 from ldm_edu.training.resume import run_stage
 from ldm_edu.training.run import Run, RunOptions, open_run
 from ldm_edu.training.stages import DiffusionStage, FirstStageStage
@@ -27,6 +30,7 @@ __all__ = [
     "AdversarialRecipe",
     "AutoencoderRecipe",
     "ConditionerRecipe",
+    "Costs",
     "DiffusionRecipe",
     "DiffusionStage",
     "FeaturesRecipe",
@@ -46,7 +50,9 @@ __all__ = [
     "learning_rate",
     "open_run",
     "optimise",
+    "recipe_costs",
     "run_stage",
     "step_randomness",
     "train",
+    "with_overrides",
 ]

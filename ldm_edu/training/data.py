@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from typing import Any, cast
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from ldm_edu.data.registry import known_keys, open_dataset
 from ldm_edu.errors import LDMError
 from ldm_edu.training.recipes import AutoencoderRecipe, Recipe, Training
 from ldm_edu.training.run import Run, RunOptions, stage_trainings
-from ldm_edu.training.tasks import DiffusionTask, FirstStageTask, build_conditioner, conditioner_keys
+from ldm_edu.training.tasks import DiffusionTask, FirstStageTask, build_conditioner, build_first_stage, conditioner_keys
 
 AnyImageRecipe = Recipe | AutoencoderRecipe
 
@@ -104,7 +105,7 @@ def check_fit(recipe: AnyImageRecipe, options: RunOptions) -> None:
     halvings = 2 ** (len(diffusion.multipliers) - 1) if diffusion else 1
     if recipe.size % (recipe.first_stage.f * halvings):
         raise LDMError(f"size={recipe.size} cannot be halved as often as the networks do; try a power of two")
-    is_trained = diffusion is None or cast(Recipe, recipe).pretrained is None
+    is_trained = recipe.first_stage.training is not None and getattr(recipe, "pretrained", None) is None
     if is_trained and options.compile and recipe.first_stage.adversarial:
         raise LDMError(
             "compile: the adaptive weight needs a gradient in mid-step, which a compiled network does not reliably give"
@@ -122,13 +123,16 @@ def check_fit(recipe: AnyImageRecipe, options: RunOptions) -> None:
 def check_condition(recipe: Recipe, samples: Sequence[dict[str, Any]]) -> None:
     "`LDMError` where the conditioners cannot read samples, or the UNet not what they make of them; costs no memory."
     if not recipe.diffusion.conditioners:
+        with torch.device("meta"):
+            DiffusionTask(recipe)  # refuses arguments that are none of a UNet
         return
     batch = collate([{**s, "caption": s["captions"][0]} if "captions" in s else s for s in samples])
     names, b = " and ".join(line.name for line in recipe.diffusion.conditioners), len(samples)
     side = recipe.size // recipe.first_stage.f
     try:
         with torch.no_grad():
-            conditioner = build_conditioner(recipe.diffusion, lambda key: batch[key])
+            untrained = partial(build_first_stage, recipe.first_stage)
+            conditioner = build_conditioner(recipe.diffusion, lambda key: batch[key], untrained)
             assert conditioner is not None
             parts = conditioner.parts if isinstance(conditioner, MergedConditioner) else []
             if recipe.diffusion.drop_apart and not any(part.null().slots() for part in parts):

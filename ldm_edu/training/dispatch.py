@@ -104,6 +104,8 @@ def train_stages(recipe: AnyRecipe, run: Run) -> nn.Module:
     history: dict[str, Any] = {}
     if isinstance(recipe, Recipe) and recipe.pretrained is not None:
         made["first_stage"] = saved_first_stage(recipe).to(run.accelerator.device)
+    elif isinstance(recipe, Recipe) and recipe.first_stage.training is None:
+        made["first_stage"] = build_first_stage(recipe.first_stage)
     for kind in STAGES[type(recipe)]:
         if kind is TextStage and cast(Recipe, recipe).text is None:
             continue

@@ -1,10 +1,12 @@
 """A stage that survives being killed: the loop with its log, its samples and its checkpoints."""
 
+import copy
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ from ldm_edu.display import save
 from ldm_edu.errors import CheckpointError
 from ldm_edu.files import brief, load_tensors
 from ldm_edu.training.loop import Stage, StepResult, check_finite, optimise
+from ldm_edu.training.recipes import Training
 from ldm_edu.training.run import Run, SignalGuard, plot_log, provenance
 from ldm_edu.training.state import State, check_fit, load_state, make_state, save_state, state_file
 
@@ -132,14 +135,49 @@ class Watcher:
         return scores, stop
 
 
+def walk(
+    run: Run,
+    stage: Stage,
+    plans: Mapping[int, Training],  # how it is trained from which step on
+    state: State,
+    task: nn.Module,  # as accelerate wraps it, and the optimiser
+    optimizer: torch.optim.Optimizer,
+) -> Iterator[StepResult]:
+    "The steps of a stage that are left, each one as the plan says that holds there."
+    start, ends = state.step, [*list(plans)[1:], stage.training.steps]
+    for (begin, training), end in zip(plans.items(), ends, strict=True):
+        if start >= end:
+            continue
+        planned = stage if training is stage.training else copy.copy(stage)
+        planned.training = training
+        with closing(cast(Any, optimise(planned, run.accelerator, task, optimizer, state.ema, start))) as steps:
+            for result in steps:
+                yield result
+                if result.step == end:  # where a stage was extended before its planned end, the plan goes on
+                    break
+        start = end
+
+
+def load_stage(run: Run, stage: Stage, state: State) -> dict[int, Training]:
+    "Restore a stage, and extend it if that is asked for: how it is trained, from which step on."
+    planned = stage.training
+    stage.training = list(run.plans(stage.name, planned).values())[-1]
+    load_state(run, stage, state)
+    more = run.options.extend if run.extended == stage.name else None
+    if more is not None and more > stage.training.steps:
+        run.extend(stage.name, state.step, more)
+    plans = run.plans(stage.name, planned)
+    stage.training = list(plans.values())[-1]
+    return plans
+
+
 def run_stage(run: Run, stage: Stage) -> tuple[nn.Module, dict[str, Any]]:
     "Train a stage, from its checkpoint in the run's folder if there is one: the averaged task, and how it was made."
     state, task, optimizer = make_state(run, stage)
-    load_state(run, stage, state)
+    plans = load_stage(run, stage, state)
     run.cut_log(stage.name, state.step)
     watcher, accelerator, steps = Watcher(run, stage, state), run.accelerator, stage.training.steps
-    walk = optimise(stage, accelerator, task, optimizer, state.ema, state.step)
-    bar = progress(walk, stage.name, steps - state.step)
+    bar = progress(walk(run, stage, plans, state, task, optimizer), stage.name, steps - state.step)
     with SignalGuard() as guard:
         for result in bar:
             scores, stop = watcher.see(result, guard)
@@ -152,4 +190,6 @@ def run_stage(run: Run, stage: Stage) -> tuple[nn.Module, dict[str, Any]]:
             raise KeyboardInterrupt(f"{where}, and saved: a resumed run goes on from there")
     average = kept_average(run, stage, state)
     run.steps_before += steps
-    return average, provenance(run, stage.training, state.seconds, validate(run, stage, average))
+    made = provenance(run, stage.training, state.seconds, validate(run, stage, average))
+    longer = [{"from": each.begin, "steps": each.steps} for each in run.extensions if each.stage == stage.name]
+    return average, made | ({"extensions": longer} if longer else {})

@@ -10,8 +10,8 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -51,6 +51,7 @@ from ldm_edu.training.recipes import recipe_from_dict, recipe_to_dict
 __all__ = ["Run", "RunOptions", "SignalGuard", "open_run"]
 
 PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
+MOST_STEPS = 10**9  # of a stage that is extended
 
 
 # Options -------------------------------------------------------------------------------------------------------------
@@ -58,7 +59,7 @@ PRECISIONS = ("fp32", "bf16", "fp16", "fp64")
 
 @dataclass(frozen=True)
 class RunOptions:
-    "How a run is done. None of these decides what is learned: that is the recipe's."
+    "How a run is done. What is learned is decided by the recipe, and by no other option than `extend`."
 
     data_dir: str | Path | None = None  # where the data set lies; toy data needs none
     cache_dir: str | Path | None = None  # where prepared samples are kept, shared by runs; None: in the run's folder
@@ -66,6 +67,7 @@ class RunOptions:
     device: str = "auto"  # see `pick_device`
     precision: str | None = None  # one of PRECISIONS; None: bf16 where the device computes faster in it, else fp32
     resume: bool = False  # go on with the run in the folder
+    extend: int | None = None  # go on with it until its last stage has done this many steps in all; see `Extension`
     every: int = 100  # steps between lines of the log
     save_every: float = 60.0  # seconds between checkpoints
     sample_every: int | None = None  # steps between samples drawn into the folder; None: a tenth of the stage; 0: never
@@ -78,6 +80,8 @@ class RunOptions:
         if self.precision not in (None, *PRECISIONS):
             raise LDMError(f"unknown precision {shown(self.precision)}; known: {', '.join(PRECISIONS)}")
         kept: dict[str, Any] = {"every": check_count("every", self.every)}
+        if self.extend is not None:
+            kept["extend"] = check_count("extend", self.extend, most=MOST_STEPS)
         kept["save_every"] = check_number("save_every", self.save_every, 0.0)
         if self.sample_every is not None:
             kept["sample_every"] = check_count("sample_every", self.sample_every, 0)
@@ -96,6 +100,11 @@ class RunOptions:
             known = sorted(str(name) for name in get_available_trackers())  # those whose packages are installed
             if isinstance(tracker, str) and tracker not in known:
                 raise LDMError(f"tracker '{tracker}' is unknown or not installed; here: {', '.join(known) or 'none'}")
+
+    @property
+    def goes_on(self) -> bool:
+        "Whether the run in the folder goes on, as it was planned or longer."
+        return self.resume or self.extend is not None
 
 
 # Device and precision ------------------------------------------------------------------------------------------------
@@ -202,6 +211,44 @@ def read_line(text: str) -> dict[str, Any] | None:
     return line if all(isinstance(line.get(name), int | float | None) for name in ("loss", "held_out")) else None
 
 
+@dataclass(frozen=True)
+class Extension:
+    """A stage goes on for longer than its recipe says; run.json and every later checkpoint keep this.
+
+    From step `begin` on, the learning rate is that of a stage planned with `steps` from its beginning. So a constant
+    rate stays what it is, and the cosine of a rate that decays begins anew at the height that the longer plan has
+    there, and reaches 0 at its end. The optimiser's memory and the averaged weights are kept, and there is no second
+    warm-up: the rate of the longer plan is below the peak. All this is a function of the step alone.
+    """
+
+    stage: str
+    begin: int  # steps that were done when the stage was extended
+    steps: int  # of the whole stage, from its beginning
+
+    def to_dict(self) -> dict[str, Any]:
+        "As JSON holds it."
+        return {"stage": self.stage, "from": self.begin, "steps": self.steps}
+
+    @classmethod
+    def from_dict(cls, values: Any) -> "Extension":
+        "The extension that `to_dict` was given; ValueError where it is none."
+        if not isinstance(values, dict) or not isinstance(values.get("stage"), str):
+            raise ValueError(f"{shown(values)} is no extension of a stage")
+        begin = check_count("from", values.get("from"), 0, MOST_STEPS)
+        steps = check_count("steps", values.get("steps"), begin)
+        return cls(values["stage"], begin, min(steps, MOST_STEPS))  # no run gets that far, and each can be taken back
+
+
+def extended_plans(stage: str, training: Training, extensions: Sequence[Extension]) -> dict[int, Training]:
+    "How a stage is trained from which step on: as its recipe says, then as these extensions do."
+    plans = {0: training}
+    for each in extensions:
+        if each.stage == stage:
+            before = {begin: plan for begin, plan in plans.items() if begin < each.begin}
+            plans = before | {each.begin: replace(training, steps=each.steps)}
+    return plans
+
+
 @dataclass
 class Run:
     "Where a run lives, what it runs on, and what it has written so far."
@@ -211,6 +258,8 @@ class Run:
     options: RunOptions = RunOptions()
     notes: Mapping[str, str] = field(default_factory=dict)  # texts for every checkpoint: recipe and versions
     steps_before: int = 0  # of stages that are finished: a tracker counts all stages in one row
+    extensions: list[Extension] = field(default_factory=list)  # of stages that go on for longer than planned
+    extended: str | None = None  # the stage that goes on to `options.extend` steps
     lock: BaseFileLock | None = None  # keeps other processes out of the folder; see `lock_run`
     warned: set[Path] = field(default_factory=set)  # files of which a warning was given
 
@@ -223,6 +272,17 @@ class Run:
     def cache(self) -> Path:
         "Where prepared samples are kept."
         return Path(self.options.cache_dir or self.folder / "cache")
+
+    def plans(self, stage: str, training: Training) -> dict[int, Training]:
+        "How a stage is trained from which step on: as its recipe says, then as its extensions do."
+        return extended_plans(stage, training, self.extensions)
+
+    def extend(self, stage: str, begin: int, steps: int) -> None:
+        "Write down that a stage goes on to more steps; the checkpoints from now on say it, too."
+        self.extensions.append(Extension(stage, begin, steps))
+        self.notes = {**self.notes, "extensions": json.dumps([each.to_dict() for each in self.extensions])}
+        if self.is_main:
+            save_run(self.folder, self.accelerator.precision, self.extensions)
 
     def close(self) -> None:
         "Let other processes into the folder."
@@ -420,9 +480,38 @@ def kept_precision(folder: Path) -> str | None:
     return precision
 
 
+def kept_extensions(
+    folder: Path,
+    stages: Sequence[str],  # of the run's recipe, in their order
+) -> list[Extension]:
+    "What the last stage of the run in a folder was extended to: of run.json, or else of the checkpoints."
+    path, found = folder / "run.json", []
+    if os.path.lexists(path):
+        found = load_json(path).get("extensions", [])
+    else:
+        for stage in stages:
+            with suppress(CheckpointError, ValueError):  # whoever needs this checkpoint will say what is wrong with it
+                found = parse_json(load_notes(folder / f"{stage}.safetensors").get("extensions", "[]")) or found
+    try:
+        extensions = [Extension.from_dict(each) for each in found]
+        for each in extensions:
+            if each.stage != stages[-1]:
+                raise ValueError(f"the stage {shown(each.stage)} is not {stages[-1]}, which alone can be extended")
+        return extensions
+    except (TypeError, ValueError) as error:
+        then = "the extensions are then those of the checkpoints"
+        raise LDMError(f"{path}: extensions={shown(found)} cannot be read ({error}): remove it; {then}") from error
+
+
+def save_run(folder: Path, precision: str, extensions: Sequence[Extension]) -> None:
+    "Write down in run.json what a run that goes on has to know beside its recipe."
+    longer = {"extensions": [each.to_dict() for each in extensions]} if extensions else {}
+    save_json({"precision": precision} | longer, folder / "run.json")
+
+
 def chosen_precision(folder: Path, options: RunOptions) -> str | None:
     "The precision of the options; of a run that goes on the one that it began with, perhaps on a less busy day."
-    kept = kept_precision(folder) if options.resume else None
+    kept = kept_precision(folder) if options.goes_on else None
     if kept is not None and options.precision not in (None, kept):
         raise LDMError(
             f"the run in {folder} began in {kept}, and goes on in it: leave the precision out, or ask for {kept};"
@@ -455,10 +544,13 @@ def refuse_other_run(folder: Path, recipe: AnyRecipe, resume: bool) -> None:
     if before is None:
         raise LDMError(f"{folder} holds no run to go on with: neither recipe.json nor a checkpoint says its recipe")
     now = recipe_from_dict(parse_json(json.dumps(recipe_to_dict(recipe))))
-    if changed := recipe_differences(before, now):
-        listed = ", ".join(f"{name} was {was!r} and is {new!r}" for name, (was, new) in changed.items())
+    changed = [f"{name} was {was!r} and is {new!r}" for name, (was, new) in recipe_differences(before, now).items()
+               if name != "about"]  # fmt: skip
+    if changed:
+        listed = ", ".join(changed[:5]) + f" and {len(changed) - 5} more" * (len(changed) > 5)
+        again = "take that one again (in Python also train(recipe_from_dict(…)) of what recipe.json holds)"
         raise LDMError(
-            f"{path} is not the recipe as it is now ({listed}): a run goes on with the recipe that it began with"
+            f"{path} is not the recipe as it is now ({listed}): a run goes on with the recipe that it began with: {again}"
         )
 
 
@@ -496,23 +588,73 @@ def write_recipe(folder: Path, recipe: AnyRecipe) -> None:
     save_json(recipe_to_dict(recipe), folder / "recipe.json")
 
 
+def stage_plans(recipe: AnyRecipe) -> dict[str, Training]:
+    "How each stage of a recipe is trained, by its name, in their order."
+    parts = recipe.trained_parts()
+    found = {name: part for name in ("first_stage", "text", "diffusion") if (part := parts.get(name)) is not None}
+    found = found or {recipe_to_dict(recipe)["kind"].replace(" ", "-"): recipe}  # "scene-reader", "toy-features"
+    return {name: cast(Training, getattr(part, "training", part)) for name, part in found.items()}
+
+
 def stage_trainings(recipe: AnyRecipe) -> list[Training]:
     "How each stage of a recipe is trained."
-    parts = recipe.trained_parts()
-    found = [part for name in ("first_stage", "text", "diffusion") if (part := parts.get(name)) is not None]
-    return [cast(Training, getattr(part, "training", part)) for part in found or [recipe]]
+    return list(stage_plans(recipe).values())
 
 
-def claim_folder(folder: Path, recipe: AnyRecipe, options: RunOptions, precision: str) -> BaseFileLock | None:
+def steps_saved(folder: Path, stage: str) -> int | None:
+    "The steps of a stage that its newest checkpoint holds; None where there is none."
+    path = folder / f"{stage}.safetensors"
+    if not os.path.lexists(path):
+        return None
+    done = load_notes(path).get("step", "")
+    if not re.fullmatch("[0-9]{1,18}", done):
+        raise CheckpointError(f"{path} does not say after which step it was written: put another checkpoint there")
+    return int(done)
+
+
+def check_extension(folder: Path, recipe: AnyRecipe, steps: int, extensions: Sequence[Extension]) -> None:
+    "`LDMError` where the last stage of the run in a folder cannot go on to so many steps."
+    *before, (last, training) = stage_plans(recipe).items()
+    go_on = "go on with the run first (--resume; in Python resume=True)"
+    for name, plan in before:
+        if (done := steps_saved(folder, name) or 0) < plan.steps:
+            raise LDMError(f"extend: {name} has done {done} of {plan.steps} steps, and {last} comes after it: {go_on}")
+    if not steps_saved(folder, last):
+        raise LDMError(f"extend: {last} has not begun, so that nothing can be extended: {go_on}")
+    planned = list(extended_plans(last, training, extensions).values())[-1].steps
+    known = steps == planned and planned > training.steps  # the same command once more
+    done = steps_saved(folder, last) or 0
+    least = max(training.steps, done)
+    if steps <= least and not known:
+        raise LDMError(
+            f"extend={steps} should be the steps of {last} in all, those that are done among them: more than the"
+            f" {least} that are {'done' if done > training.steps else 'planned'} already"
+        )
+
+
+def taken_back(folder: Path, recipe: AnyRecipe, steps: int | None, extensions: Sequence[Extension]) -> list[Extension]:
+    "The extensions of the run in a folder, with one more where the last stage is to end earlier than the others say."
+    last, training = list(stage_plans(recipe).items())[-1]
+    planned = list(extended_plans(last, training, extensions).values())[-1].steps
+    if steps is None or not training.steps < steps < planned or steps <= (done := steps_saved(folder, last) or 0):
+        return list(extensions)
+    return [*(each for each in extensions if each.begin < done), Extension(last, done, steps)]
+
+
+def claim_folder(
+    folder: Path, recipe: AnyRecipe, options: RunOptions, precision: str, extensions: Sequence[Extension] = ()
+) -> BaseFileLock | None:
     "Take a folder for a run, for the process that writes: the lock on it. Recipe and precision are written down."
-    refuse_other_run(folder, recipe, options.resume)
+    refuse_other_run(folder, recipe, options.goes_on)
+    if options.extend is not None:
+        check_extension(folder, recipe, options.extend, extensions)
     check_places(folder, options)
     lock = lock_run(folder)
     try:
-        if options.resume:
+        if options.goes_on:
             remove_leftovers(folder)
         write_recipe(folder, recipe)
-        save_json({"precision": precision}, folder / "run.json")
+        save_run(folder, precision, extensions)
     except BaseException:
         if lock is not None:
             lock.release()
@@ -552,13 +694,23 @@ def open_run(
     folder = place(folder)
     precision = chosen_precision(folder, options)
     accelerator = make_accelerator(options.device, precision, options.trackers, folder)
-    for training in stage_trainings(recipe):
+    plans = stage_plans(recipe)
+    for training in plans.values():
         check_batch_size(training, accelerator.num_processes)
-    lock = together(accelerator, lambda: claim_folder(folder, recipe, options, accelerator.precision))
+    extensions: list[Extension] = []
+    if options.goes_on:
+        before = kept_recipe(folder) or recipe
+        recipe = replace(recipe, about=before.about)  # it says nothing of what is learned
+        extensions = kept_extensions(folder, list(stage_plans(before)))
+        extensions = taken_back(folder, recipe, options.extend, extensions)
+    lock = together(accelerator, lambda: claim_folder(folder, recipe, options, accelerator.precision, extensions))
     notes = {"recipe": json.dumps(recipe_to_dict(recipe), sort_keys=True), "precision": accelerator.precision}
     notes |= {"python": platform.python_version()}
     notes |= {package: version(package) for package in ("ldm_edu", "torch", "accelerate")}
-    run = Run(folder, accelerator, options, notes, lock=lock)
+    if extensions:
+        notes["extensions"] = json.dumps([each.to_dict() for each in extensions])
+    extended = list(plans)[-1] if options.extend is not None else None
+    run = Run(folder, accelerator, options, notes, extensions=extensions, extended=extended, lock=lock)
     if options.trackers:
         try:
             accelerator.init_trackers("ldm_edu", config=tracked(recipe))

@@ -86,7 +86,7 @@ class FirstStageStage(ImageStage):
         perceptual = perceptual_distance(what.perceptual, run.options.weights_dir)
         perceptual = perceptual and perceptual.to(accelerator.device, accelerator.dtype)
         task = FirstStageTask(what, perceptual, lambda gradient: accelerator.over_processes(gradient, "mean"))
-        super().__init__("first_stage", task, run, recipe, what.training, 0)
+        super().__init__("first_stage", task, run, recipe, cast(Training, what.training), 0)
         self.some = self.train_data.images(range(min(512, self.n)))  # for codebook and scale factor
         if isinstance(task.model, AutoencoderVQ) and what.from_data:
             with torch.no_grad():
@@ -139,7 +139,9 @@ class DiffusionStage(ImageStage):
         dataset = cached_split(recipe, run, "train")
         conditioner = cast(Conditioner | None, made.get("text"))
         if conditioner is None:
-            conditioner = build_conditioner(recipe.diffusion, lambda key: column_of(dataset, key))
+            conditioner = build_conditioner(
+                recipe.diffusion, lambda key: column_of(dataset, key), lambda: self.first_stage
+            )
         super().__init__("diffusion", DiffusionTask(recipe, conditioner), run, recipe, recipe.diffusion.training, 1)
         self.keys = () if conditioner is None else conditioner.keys
         self.notes["first_stage"] = weights_checksum(self.first_stage)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from ldm_edu.evaluation.metrics import LPIPS
 from ldm_edu.first_stage.adversarial import Adversary, PatchDiscriminator
 from ldm_edu.first_stage.autoencoder import AutoencoderKL, FirstStage
 from ldm_edu.first_stage.losses import FirstStageLoss
-from ldm_edu.first_stage.quantization import AutoencoderVQ
+from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage
 from ldm_edu.training.recipes import ConditionerRecipe, DiffusionRecipe, FirstStageRecipe, Recipe
 
 __all__ = ["DiffusionTask", "FirstStageTask"]
@@ -28,15 +29,25 @@ __all__ = ["DiffusionTask", "FirstStageTask"]
 # The UNet's arguments for the slots of a condition, where there is none.
 EMPTY: dict[str, Any] = {"context_dim": None, "concat_channels": 0, "vector_dim": None}
 
+# The fields of a diffusion recipe that are arguments of its UNet; the others follow from the parts around it.
+UNET = ("channels", "multipliers", "blocks", "attention_factors", "head_channels", "heads", "transformer_depth")
+UNET += ("dropout", "scale_shift_norm", "resblock_updown", "linear_projection")
+
 # The fields of a first stage's recipe that are arguments of its network, whatever its regulariser.
 SHAPE = ("channels", "multipliers", "blocks", "latent_channels", "attention", "attention_factors", "groups")
 
 
 def build_first_stage(recipe: FirstStageRecipe) -> FirstStage:
     "The untrained first stage of a recipe."
+    if recipe.regulariser == "none":
+        return IdentityFirstStage()
     shape = {name: getattr(recipe, name) for name in SHAPE}
     if recipe.regulariser == "kl":
-        return AutoencoderKL(**shape)
+        model = AutoencoderKL(**shape)
+        bias = cast(Tensor, model.quant_conv.bias)
+        with torch.no_grad():
+            bias[recipe.latent_channels :] += recipe.first_logvar  # the second half of its outputs
+        return model
     return AutoencoderVQ(**shape, num_codes=recipe.num_codes, commitment=recipe.commitment, legacy=recipe.legacy)
 
 
@@ -116,11 +127,16 @@ def conditioner_class(name: str) -> type[Conditioner]:
     return find_class(Conditioner, name)
 
 
-def _build_line(line: ConditionerRecipe, column: Callable[[str], Any]) -> Conditioner:
-    "The untrained conditioner of one line of a recipe."
+def _build_line(
+    line: ConditionerRecipe, column: Callable[[str], Any], first_stage: Callable[[], FirstStage] | None = None
+) -> Conditioner:
+    "The untrained conditioner of one line of a recipe; one that asks for a first stage gets the model's own."
     cls = conditioner_class(line.name)
     try:
-        return cls(**cls.complete(line.arguments, column))
+        arguments = dict(cls.complete(line.arguments, column))
+        if first_stage is not None and "first_stage" in signature(cls).parameters:
+            arguments.setdefault("first_stage", first_stage())
+        return cls(**arguments)
     except TypeError as error:
         raise LDMError(f"conditioner {line.name}: {error}") from error
 
@@ -144,9 +160,10 @@ def conditioner_keys(recipe: DiffusionRecipe) -> tuple[str, ...]:
 def build_conditioner(
     recipe: DiffusionRecipe,
     column: Callable[[str], Any] = no_column,  # key -> all values of the training data, for a vocabulary
+    first_stage: Callable[[], FirstStage] | None = None,  # gives the model's, to a conditioner that reads latents
 ) -> Conditioner | None:
     "The untrained conditioner of a recipe: several are merged, None where there is none."
-    parts = [_build_line(line, column) for line in recipe.conditioners]
+    parts = [_build_line(line, column, first_stage) for line in recipe.conditioners]
     if len(parts) < 2:
         return parts[0] if parts else None
     return MergedConditioner(parts)
@@ -164,16 +181,7 @@ class DiffusionTask(nn.Module):
         what, c = recipe.diffusion, recipe.first_stage.latent_channels
         self.conditioner = build_conditioner(what) if conditioner is None else conditioner
         slots = {name: getattr(self.conditioner, name, default) for name, default in EMPTY.items()}
-        self.unet = UNet(
-            in_channels=c,
-            out_channels=c,
-            channels=what.channels,
-            multipliers=what.multipliers,
-            blocks=what.blocks,
-            attention_factors=what.attention_factors,
-            head_channels=what.head_channels,
-            **slots,
-        )
+        self.unet = UNet(in_channels=c, out_channels=c, **{name: getattr(what, name) for name in UNET}, **slots)
         self.schedule = what.noise_schedule()
         self.drop, self.drop_apart = what.drop, what.drop_apart
 

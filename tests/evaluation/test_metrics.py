@@ -140,6 +140,17 @@ def test_ssim_is_one_exactly_for_identical_pictures_and_never_more():
     assert (ssim_map(x, damaged(x, 0)) <= 1).all() and ssim(x, -x).max() < 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("left, right", [(1.0, 1.0), (1.0, 0.9921875), (0.99609375, 0.98828125), (1.0, -1.0)])
+def test_ssim_of_flat_bright_pictures_is_that_of_their_two_values(left, right, dtype):
+    """Every variance is 0, so only the means are left; sums of squares in float32 would leave noise of 1e-4 here."""
+    a, b, c1 = left / 2 + 0.5, right / 2 + 0.5, 0.01**2
+    expected = (2 * a * b + c1) / (a * a + b * b + c1)
+    x, y = (torch.full((2, 3, 32, 40), value, dtype=dtype) for value in (left, right))
+    found = ssim(x, y)
+    assert (found.double() - expected).abs().max() < 1e-6 and (found <= 1).all()
+
+
 def test_ssim_symmetric_one_by_one_and_the_same_in_a_mirror():
     x = pictures(4, 3, 16, 24)
     y = damaged(x, 1)

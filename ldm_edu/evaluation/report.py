@@ -1,0 +1,684 @@
+"""How good are the images of a whole model? Distances between sets of images, prompt accuracy, and their ceilings."""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
+
+from ldm_edu.basics import progress
+from ldm_edu.checkpoints import weights_checksum
+from ldm_edu.checks import MOST_SEED, check_count
+from ldm_edu.data.batches import SampleDataset, collate
+from ldm_edu.data.registry import known_keys, open_dataset
+from ldm_edu.data.toy.captions import RELATIONS
+from ldm_edu.data.toy.scenes import render
+from ldm_edu.display import to_uint8
+from ldm_edu.errors import CheckpointError, LDMError
+from ldm_edu.evaluation.distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from ldm_edu.evaluation.extractors import Extractor, clip_score, extract, find_extractor
+from ldm_edu.evaluation.features import ToyFeatures
+from ldm_edu.evaluation.judge import READER_SIZE, PromptAccuracy, SceneReader, Share, prompt_accuracy
+from ldm_edu.evaluation.prompts import _fitting_scenes
+from ldm_edu.evaluation.reconstruction import Mean
+from ldm_edu.files import (
+    folder_for,
+    load_notes,
+    load_tensors,
+    parse_json,
+    place,
+    remove_leftovers,
+    save_json,
+    save_tensors,
+    writing,
+)
+from ldm_edu.inputs import check_sampling
+from ldm_edu.latent_diffusion import LatentDiffusion
+from ldm_edu.measurements import Measurement, Measurements, load_measurements, measured_here
+
+__all__ = [
+    "Drawing",
+    "Evaluation",
+    "KeptSamples",
+    "evaluate",
+    "last_evaluation",
+    "scores",
+    "table",
+]
+
+TOY = ("toy", "toy-faces")  # data sets whose images the toy features were trained on
+SCALES = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)  # of the guidance, tried where one is chosen
+MOST_BYTES = 2**34  # of the images of one set, which are held at once
+LEAST = 2  # images of a set, for a covariance
+NEIGHBOURS = 3  # k of precision and recall
+PART = 50  # images in each of the ten parts of an inception score, or more; smaller sets have fewer parts
+VARIED, TIMES = 64, 4  # captions of which several images are drawn, and how many of each
+REAL, BACK, DRAWN, FITTING = "real halves", "reconstructed", "drawn", "fitting scenes"  # the sets, in `of`
+CHOICE = "captions drawn exactly, to choose the scale"
+WORDS = ("number", "size", "colour", "shape", *RELATIONS)
+PROMPTS = ("every thing of the caption", "... and nothing else", "things", "relations", *WORDS)  # of `PromptAccuracy`
+
+
+# --- What is asked for ---
+
+
+@dataclass(frozen=True)
+class Drawing:
+    "How images are drawn: image i of a set has seed + i."
+
+    steps: int = 50  # denoising steps
+    scale: float = 3.0  # of the guidance; 1 is unguided
+    sampler: str = "ddim"  # a key of SAMPLERS
+    seed: int = 0  # of the first image
+    batch_size: int = 64  # images at a time
+
+    def of(self, model: LatentDiffusion) -> dict[str, str | int | float]:
+        "What a number says of how images were drawn; a model without guidance has no scale."
+        null = None if model.conditioner is None else model.conditioner.null().slots()
+        return {**({"scale": self.scale} if null else {}), "steps": self.steps, "sampler": self.sampler}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    "What is measured, on which images, and of how many."
+
+    drawing: Drawing = field(default_factory=Drawing)
+    dataset: str | None = None  # real images and conditions; None: the one of the model's recipe
+    data_dir: str | Path | None = None  # where the data sets lie; the toy data sets need none
+    splits: tuple[str, ...] = ()  # of the data set; empty: test, with captions of toy scenes also unseen_pairs
+    n: int = 512  # images of each set
+    features: str | None = None  # toy-features, vgg16 or inception; None: see `pick_extractor`
+    weights_dir: str | Path | None = None  # where the weights of vgg16 and inception lie
+    clip: str | Path | None = None  # folder of a CLIP model; None: no CLIP score
+    choose: bool = False  # choose the scale first, on half as many captions of the validation split
+    varied: int | None = None  # captions to measure diversity with; None: 64 where it can be measured
+
+
+@dataclass(frozen=True)
+class Split:
+    "A split of the data set: real images, and what a model draws for."
+
+    name: str
+    images: SampleDataset  # of the model's size
+    conditions: SampleDataset | None  # with the keys that the conditioner reads; None: an unconditional model
+    n: int  # images of each set; the split has twice as many, or more
+
+    def texts(self, n: int) -> list[str]:
+        "The captions of the first n samples."
+        assert self.conditions is not None
+        return _rows(self.conditions, range(n))["caption"]
+
+
+def recipe_dataset(model: LatentDiffusion) -> str:
+    "The data set that a model was trained on, as its recipe says; LDMError where there is no recipe."
+    recipe = model.provenance.get("recipe")
+    found = recipe.get("dataset") if isinstance(recipe, Mapping) else None
+    if not isinstance(found, str):
+        raise LDMError("dataset: the model does not say on which data set it was trained, so one has to be named")
+    return found
+
+
+def chosen_dataset(model: LatentDiffusion, options: Evaluation) -> str:
+    "The data set that a model is compared with: the one that is asked for, else that of its recipe."
+    return recipe_dataset(model) if options.dataset is None else options.dataset
+
+
+def evaluation_title(
+    model: LatentDiffusion,
+    options: Evaluation,
+    name: str,  # of the model
+) -> str:
+    "The title of an evaluation, which is known before anything is measured."
+    return f"{name}: images of {model.size}² beside real ones of {chosen_dataset(model, options)}"
+
+
+def model_keys(model: LatentDiffusion) -> tuple[str, ...]:
+    "What the model reads of a sample."
+    return () if model.conditioner is None else tuple(model.conditioner.keys)
+
+
+def _is_judged(model: LatentDiffusion, dataset: str) -> bool:
+    "Can the judge read the model's images, and compare them with the captions that they were drawn for?"
+    return dataset == "toy" and "caption" in model_keys(model) and model.size == READER_SIZE
+
+
+def default_splits(model: LatentDiffusion, dataset: str) -> tuple[str, ...]:
+    "The held-out split, and for captions of toy scenes also the one with pairs that no training has."
+    return ("test", "unseen_pairs") if dataset == "toy" and "caption" in model_keys(model) else ("test",)
+
+
+def open_split(
+    model: LatentDiffusion,
+    dataset: str,  # its name
+    data_dir: str | Path | None,
+    split: str,
+    n: int,  # images of each set; fewer where the split has not twice as many
+) -> Split:
+    "A split of a data set for a model; LDMError where it has not what the model reads, or too few images."
+    keys, known = model_keys(model), known_keys(dataset)
+    if missing := [key for key in keys if key not in known]:
+        listed = ", ".join(missing)
+        raise LDMError(f"dataset: the model reads {', '.join(keys)}, but the samples of '{dataset}' have no {listed}")
+
+    def opened(*keys: str) -> SampleDataset:
+        return open_dataset(dataset, data_dir, split, model.size, keys=keys)
+
+    images, conditions = opened("image"), opened(*keys) if keys else None
+    if conditions is not None and len(conditions) != len(images):  # samples without a caption, for instance
+        images = opened(*dict.fromkeys(("image", *keys)))
+    if (n := min(n, len(images) // 2)) < LEAST:
+        told = f"dataset: split '{split}' of '{dataset}' has {len(images)} images that fit, but two halves of at least"
+        raise LDMError(f"{told} {LEAST} are needed")
+    if n * 3 * model.size**2 > MOST_BYTES:
+        raise LDMError(f"n={n}: so many images of {model.size}² need more than 16 GiB: take fewer")
+    return Split(split, images, conditions, n)
+
+
+@torch.no_grad()
+def _check_conditions(model: LatentDiffusion, split: Split, dataset: str) -> None:
+    "LDMError where the model cannot read the first condition of a split."
+    if split.conditions is None:
+        return
+    try:
+        model.denoiser(_rows(split.conditions, [0]), 1.0)
+    except LDMError as error:
+        told = str(error).removeprefix("prompts: ")
+        raise LDMError(f"dataset: '{dataset}' does not fit the model: {told}") from error
+
+
+def pick_extractor(
+    name: str | None,  # toy-features, vgg16 or inception; None: what suits the data set
+    dataset: str,  # its name
+    weights_dir: str | Path | None,
+    device: torch.device,
+) -> Extractor:
+    "The features: of the toy data sets toy-features, of others inception, else vgg16, where their weights are at hand."
+    if name is not None or dataset in TOY:
+        return find_extractor(name or "toy-features", weights_dir, device)
+    refused: list[str] = []
+    for each in ("inception", "vgg16"):
+        try:
+            return find_extractor(each, weights_dir, device)
+        except CheckpointError:  # its file is there, but damaged
+            raise
+        except LDMError as error:
+            refused.append(str(error))
+    raise LDMError(f"features: '{dataset}' needs those of a network for photographs. {'. '.join(refused)}")
+
+
+# --- Sets of images, as bytes ---
+
+
+def from_bytes(images: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    "Bytes as numbers in [-1, 1]."
+    return images.float() / 127.5 - 1
+
+
+def _rows(dataset: SampleDataset, rows: Sequence[int]) -> dict[str, Any]:
+    "Samples of a data set as a batch; drawn together where the data set can."
+    several = getattr(dataset, "__getitems__", None)
+    return collate(several(list(rows)) if several else [dataset[row] for row in rows])
+
+
+def _parts(rows: range, size: int) -> list[range]:
+    "Rows, so many at a time."
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def real_set(
+    dataset: SampleDataset,  # gives `image`
+    rows: range,  # which samples
+    chunk: int = 64,  # images at once
+) -> UInt8[Tensor, "n 3 h w"]:
+    "Images of a data set."
+    parts = progress(_parts(rows, check_count("chunk", chunk)), "reading images")
+    return torch.cat([to_uint8(_rows(dataset, part)["image"]).cpu() for part in parts])
+
+
+@torch.no_grad()
+def reconstructed_set(
+    model: LatentDiffusion,
+    images: UInt8[Tensor, "n 3 h w"],
+    chunk: int = 64,  # images at once
+) -> UInt8[Tensor, "n 3 h w"]:
+    "Images through the model's first stage: no image that the model draws can be better."
+    parts = progress(images.split(check_count("chunk", chunk)), "reconstructing")
+    return torch.cat([to_uint8(model.first_stage.reconstruct(from_bytes(x).to(model.device))).cpu() for x in parts])
+
+
+class KeptSamples:
+    "Finished batches of drawn images in a folder, so that a drawing that was interrupted goes on."
+
+    def __init__(self, folder: str | Path):
+        self.folder = place(folder)
+        self.used: list[Path] = []
+
+    def start(self, about: Mapping[str, Any]) -> Path:
+        "The folder of the batches that are drawn in exactly this way."
+        told = json.dumps(about, sort_keys=True, default=str)
+        folder = self.folder / hashlib.sha256(told.encode()).hexdigest()[:16]
+        if not (file := folder / "description.json").exists():
+            folder_for(file)
+            save_json(parse_json(told), file)
+        self.used.append(folder)
+        return folder
+
+    def remove(self) -> None:
+        "Remove the batches that were used; those that are drawn in another way stay."
+        for folder in dict.fromkeys(self.used):
+            remove_leftovers(folder)
+            for path in [*folder.glob("batch-*.safetensors"), folder / "description.json"]:
+                with writing(path):
+                    path.unlink(missing_ok=True)
+            with suppress(OSError):  # something else lies there
+                folder.rmdir()
+        with suppress(OSError):
+            self.folder.rmdir()
+
+
+def _kept_batch(path: Path, rows: str, shape: tuple[int, ...]) -> Tensor | None:
+    "The images of a kept batch; None where there is none, or where it is damaged: it is drawn again then."
+    with suppress(CheckpointError):
+        images = load_tensors(path).get("images")
+        if images is not None and images.dtype == torch.uint8 and images.shape == shape:
+            return images if load_notes(path).get("rows") == rows else None
+    return None
+
+
+def _description(
+    model: LatentDiffusion, drawing: Drawing, conditions: SampleDataset | None, size: int, name: str
+) -> dict[str, Any]:
+    "All that decides the drawn images, but which of them."
+    parts = {"first_stage": model.first_stage, "unet": model.unet, "conditioner": model.conditioner}
+    return {
+        "set": name,
+        "weights": weights_checksum(model),
+        "parts": {name: getattr(part, "config", None) for name, part in parts.items()},
+        "schedule": model.schedule.config,
+        "size": model.size,
+        "drawing": {**asdict(drawing), "batch_size": size},
+        "conditions": None if conditions is None else conditions.identity(),
+        "device": model.device.type,
+        "versions": {name: version(name) for name in ("ldm_edu", "torch")},
+    }
+
+
+def _batches(seed: int, n: int, size: int) -> list[range]:
+    "Images 0 to n - 1 in batches of those whose seeds `LatentDiffusion.sample` draws together."
+    ends = [0, *range(size - seed % size, n, size), n]
+    return [range(start, end) for start, end in zip(ends, ends[1:])]
+
+
+@torch.no_grad()
+def draw_set(
+    model: LatentDiffusion,
+    drawing: Drawing,
+    rows: Sequence[int],  # image i is drawn for the condition of this sample; a model without any counts them
+    conditions: SampleDataset | None = None,  # gives what the conditioner reads; None: an unconditional model
+    kept: KeptSamples | None = None,  # where finished batches are kept, and found again; None: nowhere
+    name: str = DRAWN,  # of the set, beside the progress bar
+) -> UInt8[Tensor, "n 3 h w"]:
+    "Draw an image for each of the rows; an image is the same to the bit wherever an earlier drawing was interrupted."
+    n = check_count("the number of rows", len(rows))
+    size = min(check_count("batch_size", drawing.batch_size), n)
+    check_count("seed", drawing.seed, 0, MOST_SEED + 1 - n)
+    folder = None if kept is None else kept.start(_description(model, drawing, conditions, size, name))
+
+    def drawn(part: range) -> Tensor:
+        first, some = drawing.seed + part.start, [rows[i] for i in part]
+        path = None if folder is None else folder / f"batch-{first:010d}-{len(part)}.safetensors"
+        shape = len(part), 3, model.size, model.size
+        if path is not None and (found := _kept_batch(path, str(some), shape)) is not None:
+            return found
+        batch = None if conditions is None else _rows(conditions, some)
+        how = {"steps": drawing.steps, "scale": drawing.scale, "sampler": drawing.sampler, "batch_size": size}
+        images = to_uint8(model.sample(batch, len(part), seed=first, **how)).cpu()
+        if path is not None:
+            save_tensors({"images": images}, path, notes={"rows": str(some)})
+        return images
+
+    return torch.cat([drawn(part) for part in progress(_batches(drawing.seed, n, size), f"drawing: {name}")])
+
+
+# --- Numbers ---
+
+
+@dataclass(frozen=True)
+class SetFeatures:
+    "What an extractor says of a set of images."
+
+    vectors: Float[Tensor, "n d"]
+    probabilities: Float[Tensor, "n k"] | None  # of the extractor's classes; None: it has none
+
+
+def set_features(extractor: Extractor, images: UInt8[Tensor, "n 3 h w"], chunk: int = 64) -> SetFeatures:
+    "The features of a set of images, on the CPU."
+    vectors = extract(extractor, map(from_bytes, images.split(chunk)), chunk)
+    found = [extractor.probabilities(from_bytes(x).to(extractor.device)) for x in images.split(chunk)]
+    known = [p.float().cpu() for p in found if p is not None]
+    return SetFeatures(vectors, torch.cat(known) if known else None)
+
+
+def _mean(name: str, mean: Mean, n: int, of: Mapping[str, Any]) -> Measurement:
+    "A mean with its standard error as a measurement."
+    return Measurement.mean(name, mean.value, mean.error, n, of=of)
+
+
+def compare(reference: SetFeatures, found: SetFeatures, of: Mapping[str, Any]) -> list[Measurement]:
+    "How far a set of images is from the reference, how much of each the other covers, and its inception score."
+    x, y = reference.vectors, found.vectors
+    n = len(y)
+    numbers = [
+        Measurement("Fréchet distance", frechet_distance(x, y), of, n=n),
+        _mean("kernel distance", kernel_distance(x, y), n, of),
+    ]
+    if n > NEIGHBOURS:
+        both = zip(("precision", "recall"), precision_recall(x, y, NEIGHBOURS))
+        numbers += [Measurement(name, value, of, n=n) for name, value in both]
+    if found.probabilities is not None:
+        splits = min(10, max(2, n // PART))
+        score = inception_score(found.probabilities, splits)
+        error = score.error / (splits - 1) ** 0.5  # of the mean over the parts, whose deviation is given
+        numbers.append(_mean("inception score", replace(score, error=error), n, of))
+    return numbers
+
+
+def _shares(accuracy: PromptAccuracy, of: Mapping[str, Any]) -> list[Measurement]:
+    "A prompt accuracy as measurements; a class of words that no caption has is left out."
+    shares = [accuracy.prompts, accuracy.exact, accuracy.things, accuracy.relations]
+    named = zip(PROMPTS, [*shares, *(accuracy.words[word] for word in WORDS)])
+    return [Measurement.share(name, share.right, share.n, of=of) for name, share in named if share.n]
+
+
+def try_scales(
+    model: LatentDiffusion, split: Split, drawing: Drawing, reader: SceneReader, kept: KeptSamples | None
+) -> tuple[float, list[Measurement]]:
+    "The scale at which most captions are drawn exactly (the lowest of equals), and the shares at all of them."
+    texts, numbers = split.texts(split.n), []
+    for scale in SCALES:
+        how = replace(drawing, scale=scale)
+        images = draw_set(model, how, range(split.n), split.conditions, kept, f"scale {scale:g}")
+        exact = prompt_accuracy(from_bytes(images), texts, reader).exact
+        of = {"set": DRAWN, "split": split.name, **how.of(model)}
+        numbers.append(Measurement.share(CHOICE, exact.right, exact.n, of=of))
+    best = max(numbers, key=lambda m: (m.value, -float(m.of["scale"])))
+    return float(best.of["scale"]), numbers
+
+
+@torch.no_grad()
+def score_diversity(
+    model: LatentDiffusion, split: Split, drawing: Drawing, n: int, kept: KeptSamples | None
+) -> list[Measurement]:
+    "Mean distance of two images of one caption: of four drawn ones, and of four random scenes that fit it."
+    rows = [row for row in range(n) for _ in range(TIMES)]
+    drawn = draw_set(model, drawing, rows, split.conditions, kept, "diversity")
+    rng = np.random.default_rng(drawing.seed)
+    scenes = [scene for text in split.texts(n) for scene in _fitting_scenes(text, TIMES, rng)]
+    distance = ToyFeatures.from_pretrained("toy-features").to(model.device).distance
+    i, j = torch.triu_indices(TIMES, TIMES, offset=1)  # every pair once
+
+    def spread(name: str, images: Tensor, **how: Any) -> Measurement:
+        groups = [from_bytes(some).to(model.device) for some in images.split(TIMES)]
+        far = torch.stack([distance(some[i], some[j]).float().mean().cpu() for some in groups])
+        of = {"set": name, "split": split.name, **how, "features": "ToyFeatures"}
+        return _mean("diversity", Mean.of(far, digits=3), n, of)
+
+    true = torch.cat([to_uint8(render(some, model.size)) for some in zip(*[iter(scenes)] * TIMES)])
+    return [spread(DRAWN, drawn, **drawing.of(model)), spread(FITTING, true)]
+
+
+@dataclass(frozen=True)
+class Judges:
+    "What the sets of images are judged by."
+
+    extractor: Extractor
+    reader: SceneReader | None  # of toy scenes with captions
+    clip: str | Path | None  # folder of a CLIP model
+
+
+def _judges(model: LatentDiffusion, options: Evaluation, dataset: str, is_judged: bool) -> Judges:
+    "What an evaluation needs to judge images; LDMError where one of them cannot, before anything is drawn."
+    extractor = pick_extractor(options.features, dataset, options.weights_dir, model.device)
+    blank = torch.zeros(2, 3, model.size, model.size, device=extractor.device)
+    extractor(blank)
+    if options.clip is not None:
+        if "caption" not in model_keys(model):
+            raise LDMError("clip: a CLIP score compares images with captions, but the model reads none")
+        clip_score(blank, ["nothing", "grey"], options.clip, model.device)
+    reader = SceneReader.from_pretrained("scene-reader").to(model.device) if is_judged else None
+    return Judges(extractor, reader, options.clip)
+
+
+def score_split(
+    model: LatentDiffusion, split: Split, drawing: Drawing, judges: Judges, kept: KeptSamples | None
+) -> list[Measurement]:
+    "All numbers of a split: drawn images, reconstructions and real ones, each against other real images."
+    n, device = split.n, model.device
+    drawn = draw_set(model, drawing, range(n), split.conditions, kept)
+    others = real_set(split.images, range(n))
+    sets = {DRAWN: drawn, BACK: reconstructed_set(model, others, drawing.batch_size), REAL: others}
+    reference = set_features(judges.extractor, real_set(split.images, range(n, 2 * n)))
+    texts = split.texts(n) if judges.reader or judges.clip is not None else []
+    seen = {"features": judges.extractor.name, "resize": judges.extractor.resize}
+    numbers: list[Measurement] = []
+    for name, images in sets.items():
+        of = {"set": name, "split": split.name, **(drawing.of(model) if name == DRAWN else {})}
+        numbers += compare(reference, set_features(judges.extractor, images), {**of, **seen})
+        if judges.clip is not None:
+            score = clip_score(from_bytes(images), texts, judges.clip, device)
+            numbers.append(_mean("CLIP score", score, n, {**of, "features": f"CLIP {Path(judges.clip).name}"}))
+        if judges.reader and name != REAL:
+            numbers += _shares(prompt_accuracy(from_bytes(images), texts, judges.reader), of)
+    return numbers
+
+
+# --- A whole evaluation ---
+
+
+def _check_choice(model: LatentDiffusion, is_judged: bool, splits: Sequence[str]) -> None:
+    "LDMError where no scale can be chosen."
+    if not is_judged:
+        wanted = f"captions of toy scenes and draws images of {READER_SIZE}²"
+        raise LDMError(f"choose: a scale is chosen only for a model that reads {wanted}")
+    if "scale" not in Drawing().of(model):
+        raise LDMError("choose: the model's condition is never dropped, so it has no scale")
+    if "validation" in splits:
+        raise LDMError("choose looks at captions of validation, so split validation would measure on the same ones")
+
+
+def _captions_varied(options: Evaluation, model: LatentDiffusion, is_judged: bool) -> int:
+    "Of how many captions several images are drawn; LDMError where diversity is asked for, and cannot be measured."
+    is_text = is_judged and model_keys(model) == ("caption",)  # another condition would fix the image as well
+    if options.varied is None:
+        return min(VARIED, options.n) if is_text else 0
+    if check_count("varied", options.varied, 0) == 1:
+        raise LDMError("varied=1: diversity is a mean over captions, so it needs at least 2; 0 leaves it out")
+    if options.varied and not is_text:
+        wanted = f"captions of toy scenes, and nothing else, and draws images of {READER_SIZE}²"
+        raise LDMError(f"varied: diversity is measured only of a model that reads {wanted}")
+    return min(options.varied, options.n)
+
+
+def _about(model: LatentDiffusion, splits: Sequence[Split], dataset: str, n: int, reader: SceneReader | None) -> str:
+    "How all was measured, line by line."
+    what = "Image i is drawn with seed + i"
+    if model_keys(model):
+        what += f", for {' and '.join(model_keys(model))} of sample i of the split"
+    lines = [
+        f"{what}.",
+        "The reconstructions are of the real images of the same samples, and these images are the other real ones.",
+        "Each set is compared with the same number of real images behind them in the split; all images as bytes.",
+        "An interval is of 95 %: of a share Wilson's, of a mean 1.96 standard errors to either side.",
+        "Fréchet distance, precision, recall and inception score depend on the number of images: compare equal ones.",
+    ]
+    for split in splits:
+        if split.n < n:
+            told = f"Split '{split.name}' of '{dataset}' has {len(split.images)} images"
+            lines.append(f"{told}, so each set has {split.n} in place of {n}.")
+    judge = {} if reader is None else (reader.provenance or {}).get("scores", {"itself": "not measured"})
+    return "\n".join([*lines, *(f"{f'judge, {name}':28s} {value}" for name, value in judge.items())])
+
+
+def evaluate(
+    model: LatentDiffusion,
+    options: Evaluation | None = None,  # None: as they are by default
+    name: str = "a model",  # for the title
+    kept: KeptSamples | None = None,  # where drawn images are kept, so that an evaluation that was interrupted goes on
+    command: str | None = None,  # that measures this; None: the one that runs
+) -> Measurements:
+    """Distances of drawn images from real ones, beside those of reconstructions and of other real images.
+
+    For a model that draws captions of toy scenes, also how many are drawn correctly, word by word, and how diverse.
+    """
+    options = options or Evaluation()
+    drawing, n = options.drawing, check_count("n", options.n, LEAST)
+    check_sampling(model.schedule.T, drawing.steps, drawing.scale, None, drawing.sampler, {})
+    dataset = chosen_dataset(model, options)
+    is_judged = _is_judged(model, dataset)
+    wanted = tuple(dict.fromkeys(options.splits)) or default_splits(model, dataset)
+    varied = _captions_varied(options, model, is_judged)
+    check_count("seed", drawing.seed, 0, MOST_SEED + 1 - max(n, TIMES * varied))
+    if options.choose:
+        _check_choice(model, is_judged, wanted)
+
+    def opened(split: str, n: int) -> Split:
+        return open_split(model, dataset, options.data_dir, split, n)
+
+    splits = [opened(split, n) for split in wanted]
+    _check_conditions(model, splits[0], dataset)
+    judges = _judges(model, options, dataset, is_judged)
+    numbers: list[Measurement] = []
+    if options.choose and judges.reader:
+        scale, numbers = try_scales(model, opened("validation", max(LEAST, n // 2)), drawing, judges.reader, kept)
+        drawing = replace(drawing, scale=scale)
+    for split in splits:
+        numbers += score_split(model, split, drawing, judges, kept)
+    if varied:
+        numbers += score_diversity(model, splits[0], drawing, min(varied, splits[0].n), kept)
+    about = _about(model, splits, dataset, n, judges.reader)
+    packages = ["torch-fidelity"] if judges.extractor.name.startswith("Inception") else []
+    title = evaluation_title(model, options, name)
+    return measured_here(title, numbers, about, drawing.seed, model.device, packages, command)
+
+
+# --- In print, in a model's config, and in a file ---
+
+_DIGITS = {"Fréchet distance": 3, "kernel distance": 4, "precision": 3, "recall": 3, "inception score": 2}  # in print
+_HEADS = {DRAWN: "drawn", BACK: "reconstructed (the ceiling)", REAL: "other real images"}
+
+
+def _told(number: Measurement) -> str:
+    "A number with its interval; a share as the judge prints it."
+    if number.unit != "%":
+        return number.text(_DIGITS.get(number.name))
+    return f"{number.value:.1f} % ({number.low:.1f} to {number.high:.1f}, n = {number.n})"
+
+
+def _rows_of(numbers: Measurements) -> dict[str, dict[str, str]]:
+    "The numbers of a split as text: by name, and by set."
+    names = dict.fromkeys(m.name for m in numbers)
+    rows = {name: {str(m.of["set"]): _told(m) for m in numbers.of(name)} for name in names if name not in PROMPTS}
+    if names.keys() & set(PROMPTS):
+        none = dict.fromkeys((DRAWN, BACK), str(Share(0, 0)))
+        rows |= {name: none | {str(m.of["set"]): _told(m) for m in numbers.of(name)} for name in PROMPTS}
+    return rows
+
+
+def _how(of: Mapping[str, Any]) -> str:
+    "How images were drawn."
+    scale = f", scale {of['scale']:g}" if "scale" in of else ""
+    return f"{of['steps']} steps of {of['sampler']}{scale}"
+
+
+def _block(split: str, numbers: Measurements) -> str:
+    "The numbers of a split as a table: a row for each name, a column for each set."
+    first = numbers.one("Fréchet distance", set=DRAWN)
+    seen = first.of["features"]
+    head = f"{split}, {first.n} images of each set; drawn by {_how(first.of)}; features: {seen}, images {first.of['resize']}"
+    lines = [f"{'':30s} {_HEADS[DRAWN]:36s} {_HEADS[BACK]:36s} {_HEADS[REAL]}"]
+    for name, row in _rows_of(numbers).items():
+        label = f"{name} of {seen}" if name == "inception score" else name
+        lines.append(f"{label:30s} {row.get(DRAWN, ''):36s} {row.get(BACK, ''):36s} {row.get(REAL, '')}".rstrip())
+    return "\n".join([head, *lines])
+
+
+def _parted(measured: Measurements) -> tuple[Measurements, Measurements, dict[str, Measurements]]:
+    "The numbers that a scale was chosen by, those of diversity, and the others by split."
+    names = [m.name for m in measured if m.name not in (CHOICE, "diversity")]
+    others = measured.of(*names)
+    splits = {str(split): others.of(split=split) for split in others.keys("split")}
+    return measured.of(CHOICE), measured.of("diversity"), splits
+
+
+def table(measured: Measurements) -> str:
+    "An evaluation as text: a table for each split, and how it was measured."
+    choice, diversity, splits = _parted(measured)
+    lines = [f"{m.of['split']}, scale {m.of['scale']:g}: {_told(m)} of the captions drawn exactly" for m in choice]
+    blocks = [*(["\n".join(lines)] if lines else []), *(_block(split, numbers) for split, numbers in splits.items())]
+    if diversity:
+        drawn, true = diversity.one("diversity", set=DRAWN), diversity.one("diversity", set=FITTING)
+        told = f"diversity of {drawn.n} captions of {drawn.of['split']}, drawn by {_how(drawn.of)}: {drawn.text(3)}"
+        blocks.append(
+            f"{told}; of scenes that fit them: {true.text(3)}\n"
+            f"(mean distance of {TIMES} images of a caption by {drawn.of['features']})"
+        )
+    return "\n\n".join([measured.title, *blocks, measured.about])
+
+
+def scores(measured: Measurements) -> dict[str, Any]:
+    "An evaluation for the provenance in a model's config.json: texts by split, set and name."
+    choice, diversity, splits = _parted(measured)
+    found: dict[str, Any] = {}
+    if choice:
+        found["choice"] = {str(m.of["scale"]): m.value / 100 for m in choice}
+    for split, numbers in splits.items():
+        first = numbers.one("Fréchet distance", set=DRAWN).of
+        found |= {name: first[name] for name in ("steps", "sampler", "scale", "features", "resize") if name in first}
+        rows, heads = _rows_of(numbers), {"drawn": DRAWN, "ceiling": BACK, "real halves": REAL}
+        found[split] = {head: {k: row[key] for k, row in rows.items() if key in row} for head, key in heads.items()}
+    if diversity:
+        drawn, true = diversity.one("diversity", set=DRAWN), diversity.one("diversity", set=FITTING)
+        found["diversity"] = {"captions": drawn.n, "drawn": drawn.text(3), "fitting scenes": true.text(3)}
+    return {**found, "about": measured.about}
+
+
+def find_evaluation(
+    path: str | Path,  # of a JSON file
+) -> Measurements | None:
+    "The evaluation in a file; None where there is no file, or where it holds something else."
+    with suppress(LDMError):
+        found = load_measurements(path)
+        return found if found.of("Fréchet distance", set=DRAWN).numbers else None
+    return None
+
+
+def is_alike(one: Measurements, other: Measurements) -> bool:
+    "Do two evaluations have one title and seed, and the same quantities, all measured in the same way?"
+
+    def told(measured: Measurements) -> tuple[Any, ...]:
+        counts = {m.of.get("split"): m.n for m in measured.of("Fréchet distance", set=DRAWN)}
+        quantities = {(m.name, *sorted(m.of.items())) for m in measured}
+        return measured.title, measured.seed, counts, quantities
+
+    return told(one) == told(other)
+
+
+def last_evaluation(
+    folder: str | Path | None = None,  # None: the nearest runs/evaluation, from the working folder upwards
+) -> Measurements | None:
+    "The newest evaluation in a folder; None where there is none. CheckpointError where its file cannot be read."
+    here = Path.cwd()
+    places = [parent / "runs" / "evaluation" for parent in (here, *here.parents)] if folder is None else [place(folder)]
+    for where in places:
+        files = sorted(where.glob("*.json"), key=lambda path: (path.stat().st_mtime_ns, path.name))
+        if files:
+            return load_measurements(files[-1])
+    return None
