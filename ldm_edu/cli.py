@@ -719,7 +719,7 @@ def _demo_figure(
             axes.set_title(name if i == 0 else "", fontsize=9)
             if j == 0:
                 axes.set_ylabel(textwrap.fill(caption, 22), fontsize=8)
-    figure.supxlabel(score, fontsize=9)
+    figure.supxlabel(textwrap.fill(score, 26 * len(columns)), fontsize=9)
     with writing(out), atomic(out) as temporary:
         figure.savefig(temporary, format="png")
 
