@@ -557,7 +557,8 @@ from pathlib import Path
 import torch
 from ldm_edu.data.cache import SampleCache
 from ldm_edu.errors import DataError
-from tests.data.test_cache import same
+sys.path.insert(0, "tests/data")  # some packages install a top-level `tests` of their own
+from test_cache import same
 
 folder, rng, refused = Path(sys.argv[1]), random.Random(0), 0
 known = list(SampleCache(folder))

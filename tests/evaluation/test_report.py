@@ -273,7 +273,7 @@ def test_few_images_leave_out_what_needs_more():
     assert {m.name for m in measured} == set(NAMES) - {"precision", "recall"}
 
 
-class Brightness(Conditioner):
+class MeanBrightness(Conditioner):
     """Of the image itself, never dropped."""
 
     keys = ("low_resolution", "mask")
@@ -287,7 +287,7 @@ class Brightness(Conditioner):
 
 
 def test_a_conditioner_of_ones_own_needs_nothing_more():
-    measured = evaluate(small(Brightness()), Evaluation(QUICK, dataset="toy-faces", n=4))
+    measured = evaluate(small(MeanBrightness()), Evaluation(QUICK, dataset="toy-faces", n=4))
     assert len(measured) == 15 and "scale" not in measured.one(NAMES[0], set="drawn").of
     assert "low_resolution and mask of sample i" in measured.about
 
