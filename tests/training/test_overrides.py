@@ -23,7 +23,20 @@ from ldm_edu.training.recipes import (
     recipe_to_dict,
 )
 
-DEMO, ALONE, TEXT = find_recipe("toy-demo"), find_recipe("toy-faces-l1"), find_recipe("toy-text2image")
+SHIPPED, ALONE, TEXT = find_recipe("toy-demo"), find_recipe("toy-faces-l1"), find_recipe("toy-text2image")
+
+
+def plain_demo():
+    """toy-demo without a warm start of the text, and with the usual values in its diffusion."""
+    (line,) = SHIPPED.diffusion.conditioners
+    usual = {"schedule": "scaled_linear", "prediction": "epsilon", "drop": 0.1}
+    line = replace(line, arguments={**line.arguments, "depth": 2})
+    training = replace(SHIPPED.diffusion.training, lr=2e-3, steps=600)
+    diffusion = replace(SHIPPED.diffusion, conditioners=(line,), training=training, **usual)
+    return replace(SHIPPED, text=None, diffusion=diffusion)
+
+
+DEMO = plain_demo()
 
 
 def changes(*overrides: str, recipe=DEMO) -> dict:
@@ -321,10 +334,11 @@ def test_the_command_trains_the_changed_recipe_and_shows_the_changes(tmp_path, m
     ]
     done = typed(*words, "--max-steps", "20")
     assert done.exit_code == 0, done.output
-    assert taken == [with_overrides(DEMO, ["seed=5", "diffusion.training.lr=1e-4"]).shortened(20)]
+    assert taken == [with_overrides(SHIPPED, ["seed=5", "diffusion.training.lr=1e-4"]).shortened(20)]
     lines = [line.split() for line in done.output.splitlines()]
-    assert ["seed", "0", "->", "5"] in lines and ["diffusion.training.lr", "0.002", "->", "0.0001"] in lines
-    assert ["diffusion.training.steps", "600", "->", "20"] in lines and len([x for x in lines if "->" in x]) == 4
+    assert ["seed", "0", "->", "5"] in lines and ["diffusion.training.lr", "0.003", "->", "0.0001"] in lines
+    steps = str(SHIPPED.diffusion.training.steps)
+    assert ["diffusion.training.steps", steps, "->", "20"] in lines and len([x for x in lines if "->" in x]) == 5
     assert "->" not in typed("train", "toy-demo").output
 
 
