@@ -382,6 +382,10 @@ def train(
         bool, typer.Option(help="keep images and weights in channels-last memory order: often faster on NVIDIA GPUs")
     ] = False,
     every: Annotated[int, typer.Option(min=1, help="steps between lines of the log")] = 100,
+    snapshot_every: Annotated[
+        int | None,
+        typer.Option(min=1, help="steps between models that are kept on the way, in the folder's snapshots/"),
+    ] = None,
     tracker: Annotated[
         list[str] | None, typer.Option(help="log to this tracker too, if it is installed: tensorboard, wandb, …")
     ] = None,
@@ -402,6 +406,7 @@ def train(
         resume=resume,
         extend=extend,
         every=every,
+        snapshot_every=snapshot_every,
         compile=compile,
         channels_last=channels_last,
         trackers=tracker or (),
@@ -492,7 +497,9 @@ def _check_evaluation(options: Evaluation) -> None:
     if options.features is not None:
         check_choice("--features", options.features, EXTRACTORS)
     n = check_count("--n", options.n, 2, _MOST_EVALUATED)
-    check_count("--seed", drawing.seed, 0, MOST_SEED + 1 - max(n, TIMES * min(varied, n)))
+    most = max(1, _MOST_EVALUATED // n)
+    sets = check_count("--sets", options.sets, 1, most)
+    check_count("--seed", drawing.seed, 0, MOST_SEED + 1 - max(n * sets, TIMES * min(varied, n)))
     if varied == 1:
         raise LDMError("--varied 1: diversity is a mean over captions, so it needs at least 2; 0 leaves it out")
     if options.clip is not None and not str(options.clip).strip():
@@ -522,6 +529,14 @@ def evaluate(
         ),
     ] = None,
     n: Annotated[int, typer.Option(min=2, help="images of each set; the split should have twice as many")] = 512,
+    sets: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="measure this often, each time with other images, for a mean with an interval; "
+            "the split should have 2 · N · SETS images",
+        ),
+    ] = 1,
     scale: Annotated[float, typer.Option(help="guidance scale; 1 means no guidance")] = 3.0,
     choose: Annotated[
         bool,
@@ -580,6 +595,7 @@ def evaluate(
         data_dir=data_dir and place(data_dir) or settings.data_dir,
         splits=tuple(dict.fromkeys(split or ())),
         n=n,
+        sets=sets,
         features=features,
         weights_dir=settings.weights_dir,
         clip=clip,

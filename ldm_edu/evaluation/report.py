@@ -95,6 +95,7 @@ class Evaluation:
     data_dir: str | Path | None = None  # where the data sets lie; the toy data sets need none
     splits: tuple[str, ...] = ()  # of the data set; empty: test, with captions of toy scenes also unseen_pairs
     n: int = 512  # images of each set
+    sets: int = 1  # how often all of it is done, each time with other images; intervals of distances want two or more
     features: str | None = None  # toy-features, vgg16 or inception; None: see `pick_extractor`
     weights_dir: str | Path | None = None  # where the weights of vgg16 and inception lie
     clip: str | Path | None = None  # folder of a CLIP model; None: no CLIP score
@@ -109,12 +110,13 @@ class Split:
     name: str
     images: SampleDataset  # of the model's size
     conditions: SampleDataset | None  # with the keys that the conditioner reads; None: an unconditional model
-    n: int  # images of each set; the split has twice as many, or more
+    n: int  # images of each set
+    sets: int = 1  # of each kind; the split has 2 · n · sets images, or more
 
-    def texts(self, n: int) -> list[str]:
-        "The captions of the first n samples."
+    def texts(self, rows: Sequence[int]) -> list[str]:
+        "The captions of these samples."
         assert self.conditions is not None
-        return _rows(self.conditions, range(n))["caption"]
+        return _rows(self.conditions, rows)["caption"]
 
 
 def recipe_dataset(model: LatentDiffusion) -> str:
@@ -160,7 +162,8 @@ def open_split(
     dataset: str,  # its name
     data_dir: str | Path | None,
     split: str,
-    n: int,  # images of each set; fewer where the split has not twice as many
+    n: int,  # images of each set; fewer where the split has not enough
+    sets: int = 1,  # of each kind
 ) -> Split:
     "A split of a data set for a model; LDMError where it has not what the model reads, or too few images."
     keys, known = model_keys(model), known_keys(dataset)
@@ -174,12 +177,13 @@ def open_split(
     images, conditions = opened("image"), opened(*keys) if keys else None
     if conditions is not None and len(conditions) != len(images):  # samples without a caption, for instance
         images = opened(*dict.fromkeys(("image", *keys)))
-    if (n := min(n, len(images) // 2)) < LEAST:
-        told = f"dataset: split '{split}' of '{dataset}' has {len(images)} images that fit, but two halves of at least"
+    if (n := min(n, len(images) // (2 * sets))) < LEAST:
+        halves = "two halves" if sets == 1 else f"sets={sets}, which is {2 * sets} parts"
+        told = f"dataset: split '{split}' of '{dataset}' has {len(images)} images that fit, but {halves} of at least"
         raise LDMError(f"{told} {LEAST} are needed")
     if n * 3 * model.size**2 > MOST_BYTES:
         raise LDMError(f"n={n}: so many images of {model.size}² need more than 16 GiB: take fewer")
-    return Split(split, images, conditions, n)
+    return Split(split, images, conditions, n, sets)
 
 
 @torch.no_grad()
@@ -372,14 +376,16 @@ def _mean(name: str, mean: Mean, n: int, of: Mapping[str, Any]) -> Measurement:
     return Measurement.mean(name, mean.value, mean.error, n, of=of)
 
 
-def compare(reference: SetFeatures, found: SetFeatures, of: Mapping[str, Any]) -> list[Measurement]:
-    "How far a set of images is from the reference, how much of each the other covers, and its inception score."
+def compare(reference: SetFeatures, found: SetFeatures, of: Mapping[str, Any], floor: float) -> list[Measurement]:
+    """How far a set of images is from the reference, how much of each the other covers, and its inception score.
+
+    `floor` is the Fréchet distance of other real images from the reference; what is above it is the excess.
+    """
     x, y = reference.vectors, found.vectors
-    n = len(y)
-    numbers = [
-        Measurement("Fréchet distance", frechet_distance(x, y), of, n=n),
-        _mean("kernel distance", kernel_distance(x, y), n, of),
-    ]
+    n, far = len(y), frechet_distance(x, y)
+    excess = [] if of["set"] == REAL else [Measurement("Fréchet excess", far - floor, of, n=n)]
+    numbers = [Measurement("Fréchet distance", far, of, n=n), *excess]
+    numbers.append(_mean("kernel distance", kernel_distance(x, y), n, of))
     if n > NEIGHBOURS:
         both = zip(("precision", "recall"), precision_recall(x, y, NEIGHBOURS))
         numbers += [Measurement(name, value, of, n=n) for name, value in both]
@@ -402,7 +408,7 @@ def try_scales(
     model: LatentDiffusion, split: Split, drawing: Drawing, reader: SceneReader, kept: KeptSamples | None
 ) -> tuple[float, list[Measurement]]:
     "The scale at which most captions are drawn exactly (the lowest of equals), and the shares at all of them."
-    texts, numbers = split.texts(split.n), []
+    texts, numbers = split.texts(range(split.n)), []
     for scale in SCALES:
         how = replace(drawing, scale=scale)
         images = draw_set(model, how, range(split.n), split.conditions, kept, f"scale {scale:g}")
@@ -421,7 +427,7 @@ def score_diversity(
     rows = [row for row in range(n) for _ in range(TIMES)]
     drawn = draw_set(model, drawing, rows, split.conditions, kept, "diversity")
     rng = np.random.default_rng(drawing.seed)
-    scenes = [scene for text in split.texts(n) for scene in _fitting_scenes(text, TIMES, rng)]
+    scenes = [scene for text in split.texts(range(n)) for scene in _fitting_scenes(text, TIMES, rng)]
     distance = ToyFeatures.from_pretrained("toy-features").to(model.device).distance
     i, j = torch.triu_indices(TIMES, TIMES, offset=1)  # every pair once
 
@@ -457,27 +463,58 @@ def _judges(model: LatentDiffusion, options: Evaluation, dataset: str, is_judged
     return Judges(extractor, reader, options.clip)
 
 
-def score_split(
-    model: LatentDiffusion, split: Split, drawing: Drawing, judges: Judges, kept: KeptSamples | None
+def score_set(
+    model: LatentDiffusion, split: Split, number: int, drawing: Drawing, judges: Judges, kept: KeptSamples | None
 ) -> list[Measurement]:
-    "All numbers of a split: drawn images, reconstructions and real ones, each against other real images."
-    n, device = split.n, model.device
-    drawn = draw_set(model, drawing, range(n), split.conditions, kept)
-    others = real_set(split.images, range(n))
+    "All numbers of one set of each kind: drawn images, reconstructions and real ones, each against other real images."
+    n, first = split.n, split.n * number
+    rows, others_rows = range(first, first + n), range(first + n * split.sets, first + n * split.sets + n)
+    drawn = draw_set(model, replace(drawing, seed=drawing.seed + first), rows, split.conditions, kept)
+    others = real_set(split.images, rows)
     sets = {DRAWN: drawn, BACK: reconstructed_set(model, others, drawing.batch_size), REAL: others}
-    reference = set_features(judges.extractor, real_set(split.images, range(n, 2 * n)))
-    texts = split.texts(n) if judges.reader or judges.clip is not None else []
+    reference = set_features(judges.extractor, real_set(split.images, others_rows))
+    features = {name: set_features(judges.extractor, images) for name, images in sets.items()}
+    floor = frechet_distance(reference.vectors, features[REAL].vectors)
+    texts = split.texts(rows) if judges.reader or judges.clip is not None else []
     seen = {"features": judges.extractor.name, "resize": judges.extractor.resize}
     numbers: list[Measurement] = []
     for name, images in sets.items():
         of = {"set": name, "split": split.name, **(drawing.of(model) if name == DRAWN else {})}
-        numbers += compare(reference, set_features(judges.extractor, images), {**of, **seen})
+        numbers += compare(reference, features[name], {**of, **seen}, floor)
         if judges.clip is not None:
-            score = clip_score(from_bytes(images), texts, judges.clip, device)
+            score = clip_score(from_bytes(images), texts, judges.clip, model.device)
             numbers.append(_mean("CLIP score", score, n, {**of, "features": f"CLIP {Path(judges.clip).name}"}))
         if judges.reader and name != REAL:
             numbers += _shares(prompt_accuracy(from_bytes(images), texts, judges.reader), of)
     return numbers
+
+
+def _over_sets(numbers: Sequence[Measurement]) -> Measurement:
+    "One number of several sets as one: of shares that of all images, of others the mean, with Student's t interval."
+    first = numbers[0]
+    if first.unit == "%":
+        right, n = sum(round(m.value * (m.n or 0) / 100) for m in numbers), sum(m.n or 0 for m in numbers)
+        return Measurement.share(first.name, right, n, of=first.of)
+    from scipy.stats import t  # loaded here, since it takes a second
+
+    values = np.array([m.value for m in numbers], dtype=float)
+    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
+    middle = float(values.mean())
+    of = {**first.of, "sets": len(numbers)}
+    return Measurement(first.name, middle, of, low=middle - half, high=middle + half, n=first.n)
+
+
+def score_split(
+    model: LatentDiffusion, split: Split, drawing: Drawing, judges: Judges, kept: KeptSamples | None
+) -> list[Measurement]:
+    "All numbers of a split: of its only set of each kind, or of several sets together."
+    found = [score_set(model, split, k, drawing, judges, kept) for k in range(split.sets)]
+    if split.sets == 1:
+        return found[0]
+    groups: dict[tuple[Any, ...], list[Measurement]] = {}
+    for number in (number for numbers in found for number in numbers):
+        groups.setdefault((number.name, *sorted(number.of.items())), []).append(number)
+    return [_over_sets(group) for group in groups.values()]
 
 
 # --- A whole evaluation ---
@@ -507,17 +544,29 @@ def _captions_varied(options: Evaluation, model: LatentDiffusion, is_judged: boo
     return min(options.varied, options.n)
 
 
+def _about_intervals(sets: int) -> list[str]:
+    "What the intervals are."
+    if sets == 1:
+        return ["An interval is of 95 %: of a share Wilson's, of a mean 1.96 standard errors to either side."]
+    return [
+        f"All of it is done {sets} times, each time with other images, drawn and real: a number is the mean of {sets},",
+        "and its interval of 95 % is Student's t. A share is of all images together, and its interval Wilson's.",
+    ]
+
+
 def _about(model: LatentDiffusion, splits: Sequence[Split], dataset: str, n: int, reader: SceneReader | None) -> str:
     "How all was measured, line by line."
     what = "Image i is drawn with seed + i"
     if model_keys(model):
         what += f", for {' and '.join(model_keys(model))} of sample i of the split"
+    sets = splits[0].sets
     lines = [
         f"{what}.",
         "The reconstructions are of the real images of the same samples, and these images are the other real ones.",
         "Each set is compared with the same number of real images behind them in the split; all images as bytes.",
-        "An interval is of 95 %: of a share Wilson's, of a mean 1.96 standard errors to either side.",
+        *_about_intervals(sets),
         "Fréchet distance, precision, recall and inception score depend on the number of images: compare equal ones.",
+        "The Fréchet excess is what the distance is above that of the other real images.",
     ]
     for split in splits:
         if split.n < n:
@@ -545,14 +594,15 @@ def evaluate(
     is_judged = _is_judged(model, dataset)
     wanted = tuple(dict.fromkeys(options.splits)) or default_splits(model, dataset)
     varied = _captions_varied(options, model, is_judged)
-    check_count("seed", drawing.seed, 0, MOST_SEED + 1 - max(n, TIMES * varied))
+    sets = check_count("sets", options.sets)
+    check_count("seed", drawing.seed, 0, MOST_SEED + 1 - max(n * sets, TIMES * varied))
     if options.choose:
         _check_choice(model, is_judged, wanted)
 
-    def opened(split: str, n: int) -> Split:
-        return open_split(model, dataset, options.data_dir, split, n)
+    def opened(split: str, n: int, sets: int = 1) -> Split:
+        return open_split(model, dataset, options.data_dir, split, n, sets)
 
-    splits = [opened(split, n) for split in wanted]
+    splits = [opened(split, n, sets) for split in wanted]
     _check_conditions(model, splits[0], dataset)
     judges = _judges(model, options, dataset, is_judged)
     numbers: list[Measurement] = []
@@ -571,7 +621,14 @@ def evaluate(
 
 # --- In print, in a model's config, and in a file ---
 
-_DIGITS = {"Fréchet distance": 3, "kernel distance": 4, "precision": 3, "recall": 3, "inception score": 2}  # in print
+_DIGITS = {
+    "Fréchet distance": 3,
+    "Fréchet excess": 3,
+    "kernel distance": 4,
+    "precision": 3,
+    "recall": 3,
+    "inception score": 2,
+}  # in print
 _HEADS = {DRAWN: "drawn", BACK: "reconstructed (the ceiling)", REAL: "other real images"}
 
 
@@ -602,7 +659,8 @@ def _block(split: str, numbers: Measurements) -> str:
     "The numbers of a split as a table: a row for each name, a column for each set."
     first = numbers.one("Fréchet distance", set=DRAWN)
     seen = first.of["features"]
-    head = f"{split}, {first.n} images of each set; drawn by {_how(first.of)}; features: {seen}, images {first.of['resize']}"
+    sets = f", {first.of['sets']} sets of each kind" if "sets" in first.of else ""
+    head = f"{split}, {first.n} images of each set{sets}; drawn by {_how(first.of)}; features: {seen}, images {first.of['resize']}"
     lines = [f"{'':30s} {_HEADS[DRAWN]:36s} {_HEADS[BACK]:36s} {_HEADS[REAL]}"]
     for name, row in _rows_of(numbers).items():
         label = f"{name} of {seen}" if name == "inception score" else name
@@ -641,7 +699,8 @@ def scores(measured: Measurements) -> dict[str, Any]:
         found["choice"] = {str(m.of["scale"]): m.value / 100 for m in choice}
     for split, numbers in splits.items():
         first = numbers.one("Fréchet distance", set=DRAWN).of
-        found |= {name: first[name] for name in ("steps", "sampler", "scale", "features", "resize") if name in first}
+        told = ("steps", "sampler", "scale", "features", "resize", "sets")
+        found |= {name: first[name] for name in told if name in first}
         rows, heads = _rows_of(numbers), {"drawn": DRAWN, "ceiling": BACK, "real halves": REAL}
         found[split] = {head: {k: row[key] for k, row in rows.items() if key in row} for head, key in heads.items()}
     if diversity:

@@ -461,6 +461,15 @@ TOY_ATTRIBUTES = _toy_model(
     TOY_FACES_ALL,
     dataset="toy-faces",
 )
+TOY_FACES = _toy_model(
+    "toy-faces",
+    "drawn faces of 64², from nothing but noise",
+    (),
+    TOY_FACES_ALL,
+    dataset="toy-faces",
+    training=Training(steps=12_000, batch_size=64, lr=1e-3, warmup=300, images=50_000),
+    multipliers=(1, 2),  # 2.8M parameters: nothing says what to draw, so the UNet has to know all of it
+)
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #c5aa636d
 @dataclass(frozen=True)
@@ -521,11 +530,12 @@ TOY_FEATURES = FeaturesRecipe(
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #4b79cc3b
 _MODELS = (TOY_TEXT2IMAGE, CELEBA64, COCO64, TOY_DEMO)
 _CONDITIONS = (TOY_CLASS, TOY_ATTRIBUTES, TOY_LAYOUT, TOY_DEPTH_TEXT)
+_FACES = (TOY_FACES,)
 _TWINS = (TOY_FACES_L1, TOY_FACES_L2, TOY_FACES_FEATURES, TOY_FACES_ALL)
 _FIRST_STAGES = (TOY_KL_F4, TOY_VQ_F4, *_TWINS)
 _JUDGES = (SCENE_READER, TOY_FEATURES)
 
-RECIPES = {recipe.name: recipe for recipe in (*_MODELS, *_CONDITIONS, *_FIRST_STAGES, *_JUDGES)}
+RECIPES = {recipe.name: recipe for recipe in (*_MODELS, *_CONDITIONS, *_FACES, *_FIRST_STAGES, *_JUDGES)}
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #e9a2a613
 AnyRecipe = Recipe | AutoencoderRecipe | ReaderRecipe | FeaturesRecipe

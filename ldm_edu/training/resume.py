@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import nn
 from ldm_edu.basics import progress
 from ldm_edu.display import save
 from ldm_edu.errors import CheckpointError
-from ldm_edu.files import brief, load_tensors
+from ldm_edu.files import brief, load_tensors, parse_json
 from ldm_edu.training.loop import Stage, StepResult, check_finite, optimise
 from ldm_edu.training.recipes import Training
 from ldm_edu.training.run import Run, SignalGuard, plot_log, provenance
@@ -74,6 +75,17 @@ def save_samples(run: Run, stage: Stage, state: State) -> None:
         plot_log(run.read_log(), run.folder / "loss.png")
 
 
+@torch.no_grad()
+def save_snapshot(run: Run, stage: Stage, state: State) -> None:
+    "What the averaged weights of this step would be as a finished stage, in the run's folder `snapshots`."
+    if not run.is_main:
+        return
+    done: Any = copy.deepcopy(stage.finish(copy.deepcopy(state.ema.module))).eval().float()
+    made = provenance(run, replace(stage.training, steps=state.step), state.seconds, {})
+    done.provenance = {"recipe": parse_json(run.notes["recipe"]), "torch": torch.__version__, stage.name: made}
+    done.save_pretrained(run.folder / "snapshots" / f"{stage.name}-{state.step:06d}")
+
+
 def kept_average(run: Run, stage: Stage, state: State) -> nn.Module:
     "The averaged task that is kept, on all processes."
     run.accelerator.wait_for_everyone()
@@ -124,6 +136,9 @@ class Watcher:
         if self.sample_every and (state.step % self.sample_every == 0 or end):
             check_finite(self.results, norms=state.scaler is None)
             save_samples(self.run, self.stage, state)
+        if options.snapshot_every and state.step % options.snapshot_every == 0:
+            check_finite(self.results, norms=state.scaler is None)
+            save_snapshot(self.run, self.stage, state)
 
         stop = guard.any_process(self.run.accelerator, state.step)
         improved = scores.get("held_out", math.inf) < state.best

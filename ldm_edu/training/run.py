@@ -71,6 +71,7 @@ class RunOptions:
     every: int = 100  # steps between lines of the log
     save_every: float = 60.0  # seconds between checkpoints
     sample_every: int | None = None  # steps between samples drawn into the folder; None: a tenth of the stage; 0: never
+    snapshot_every: int | None = None  # steps between models that are kept in the folder's `snapshots`; None: never
     compile: bool = False  # torch.compile the network?
     channels_last: bool = False  # keep the channels of a pixel side by side in memory? Faster convolutions on many GPUs
     trackers: Sequence[str | GeneralTracker] = ()  # of accelerate, beside log.jsonl: "tensorboard", "wandb", …
@@ -85,6 +86,8 @@ class RunOptions:
         kept["save_every"] = check_number("save_every", self.save_every, 0.0)
         if self.sample_every is not None:
             kept["sample_every"] = check_count("sample_every", self.sample_every, 0)
+        if self.snapshot_every is not None:
+            kept["snapshot_every"] = check_count("snapshot_every", self.snapshot_every)
         for name in ("data_dir", "cache_dir", "weights_dir"):
             folder = getattr(self, name)
             if not isinstance(folder, str | Path | None) or folder == "":
@@ -531,7 +534,9 @@ def is_only_begun(folder: Path) -> bool:
 def refuse_other_run(folder: Path, recipe: AnyRecipe, resume: bool) -> None:
     "`LDMError` where the folder holds a run that must not be overwritten, another run, or none that could go on."
     path = folder / "recipe.json"
-    done = [name for name in ("log.jsonl", "samples", "latents", "model") if os.path.lexists(folder / name)]
+    done = [
+        name for name in ("log.jsonl", "samples", "latents", "snapshots", "model") if os.path.lexists(folder / name)
+    ]
     done += sorted(file.name for file in folder.glob("*.safetensors"))
     if not resume and (done or (os.path.lexists(path) and not is_only_begun(folder))):
         found = [path.name] * os.path.lexists(path) + done
@@ -556,7 +561,7 @@ def refuse_other_run(folder: Path, recipe: AnyRecipe, resume: bool) -> None:
 
 def check_places(folder: Path, options: RunOptions) -> None:
     "`LDMError` where something that a run writes could not be written. The folder of the run is made."
-    for name in ("model", "samples", "latents", "cache"):
+    for name in ("model", "samples", "latents", "snapshots", "cache"):
         if os.path.lexists(folder / name) and not (folder / name).is_dir():
             raise LDMError(f"{folder / name} is no folder, but a run writes one there: move it away")
     probe(folder / "recipe.json")
