@@ -1,7 +1,7 @@
 """How close to real images do models draw? `ldm-edu evaluate` for several models, numbers of steps and scales.
 
     ldm-edu train toy-faces --snapshot-every 1200
-    python benchmarks/sweep.py faces_training --run runs/toy-faces --sets 8
+    python benchmarks/sweep.py faces_training --run runs/toy-faces --at 1200 3600 12000 --sets 8
     python benchmarks/sweep.py faces_steps toy-faces --steps 2 4 10 20 50 100 250 --sets 4
 
 Writes ldm_edu/results/NAME.json, anew after every evaluation, and continues there after an interruption. Every number
@@ -30,13 +30,15 @@ def training_steps(model: LatentDiffusion) -> int:
     return int(stage["steps"])
 
 
-def models_of(run: Path, every: int) -> list[Path]:
-    """The snapshots of a run, or every so-manieth of them, and its model at the end."""
-    snapshots = sorted((run / "snapshots").glob("diffusion-*"))
-    chosen = snapshots[every - 1 :: every]
-    whole = run / "model"
-    ended = whole.exists() and training_steps(LatentDiffusion.from_pretrained(whole))
-    return [each for each in chosen if int(each.name.rpartition("-")[2]) != ended] + ([whole] if whole.exists() else [])
+def models_of(run: Path, at: list[int] | None) -> list[Path]:
+    """The snapshots of a run after these steps, or all of them, and its model at the end."""
+    found = {int(path.name.rpartition("-")[2]): path for path in sorted((run / "snapshots").glob("diffusion-*"))}
+    if (run / "model").exists():
+        ended = training_steps(LatentDiffusion.from_pretrained(run / "model"))
+        found[ended] = run / "model"
+    if missing := [step for step in at or [] if step not in found]:
+        raise SystemExit(f"{run} has no model after {missing[0]} steps; it has some after {sorted(found)}")
+    return [found[step] for step in at or sorted(found)]
 
 
 def with_keys(numbers: Measurements, more: Mapping[str, str | int]) -> list[Measurement]:
@@ -57,7 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("name", help="of the results")
     parser.add_argument("models", nargs="*", help="shipped names, or folders of models")
     parser.add_argument("--run", type=Path, help="folder of a run: its snapshots, and its model")
-    parser.add_argument("--every", type=int, default=1, help="take every so-manieth snapshot")
+    parser.add_argument("--at", type=int, nargs="+", help="after these steps of the run; default: all that are there")
     parser.add_argument("--steps", type=int, nargs="+", default=[50], help="denoising steps")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="of the guidance")
     parser.add_argument("--n", type=int, default=512, help="images of each set")
@@ -75,7 +77,7 @@ def main() -> None:
     given, settings = arguments(), load_settings()
     torch.set_num_threads(1)
     path = RESULTS / f"{given.name}.json"
-    models = [*given.models, *(models_of(given.run, given.every) if given.run else [])]
+    models = [*given.models, *(models_of(given.run, given.at) if given.run else [])]
     empty = measured_here("", seed=given.seed, device=given.device)
     numbers = begun(path, empty.command)
     for name in models:

@@ -387,6 +387,9 @@ def test_a_place_that_cannot_be_written_is_found_before_the_work(command, out, s
         (["evaluate", "--seed", str(2**32 - 2), "--n", "3"], "--seed=4294967294 should be a whole number, 0 to"),
         (["evaluate", "--out", "scores.png"], "--out scores.png: numbers are saved as JSON"),
         (["evaluate", "--varied", "1"], "--varied 1: diversity is a mean over captions, so it needs at least 2"),
+        (["evaluate", "--sets", "1000000000"], "--sets=1000000000 should be a whole number, 1 to 195"),
+        (["evaluate", "--sets", "51", "--n", "2000"], "--sets=51 should be a whole number, 1 to 50"),
+        (["evaluate", "--seed", "4294967290", "--n", "3", "--sets", "3"], "--seed=4294967290 should be a whole number"),
         (["evaluate", "--clip", ""], "--clip '': give the folder of a CLIP model"),
         (["evaluate", "--steps", "-3"], "--steps=-3 should be a whole number"),
         (["evaluate", "--split", "train"], "--split train: a model is judged by what it has not seen: validation, "),
@@ -408,6 +411,26 @@ def test_a_number_or_name_without_sense_is_refused_before_the_work(words, said, 
     monkeypatch.chdir(tmp_path)
     assert said in one_line(run(*words))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "1.5", "many"])
+@pytest.mark.parametrize("words", [("evaluate", "--sets"), ("train", "toy-demo", "--snapshot-every")])
+def test_a_count_below_one_is_refused_with_the_name_of_its_option(words, value, no_work, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = run(*words, value)
+    assert result.exit_code == 2 and f"Invalid value for '{words[-1]}'" in result.output
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_numbers_of_sets_and_of_steps_between_snapshots_are_passed_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("ldm_edu.cli.evaluate_model", lambda _, options, *more: asked.append(options.sets) or 1 / 0)
+    monkeypatch.setattr("ldm_edu.cli.train_recipe", lambda *given: asked.append(given[-1].snapshot_every) or 1 / 0)
+    for words in (["evaluate", "toy-class"], ["evaluate", "toy-class", "--sets", 3], ["train", "toy-demo"]):
+        assert isinstance(run(*words, "--device", "cpu").exception, ZeroDivisionError)
+    assert isinstance(run("train", "toy-demo", "--snapshot-every", 500).exception, ZeroDivisionError)
+    assert asked == [1, 3, None, 500]
 
 
 def test_scores_that_could_not_be_written_are_not_measured(no_work, tmp_path, monkeypatch):

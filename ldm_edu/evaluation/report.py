@@ -178,7 +178,7 @@ def open_split(
     if conditions is not None and len(conditions) != len(images):  # samples without a caption, for instance
         images = opened(*dict.fromkeys(("image", *keys)))
     if (n := min(n, len(images) // (2 * sets))) < LEAST:
-        halves = "two halves" if sets == 1 else f"sets={sets}, which is {2 * sets} parts"
+        halves = "two halves" if sets == 1 else f"for sets={sets}, {2 * sets} parts"
         told = f"dataset: split '{split}' of '{dataset}' has {len(images)} images that fit, but {halves} of at least"
         raise LDMError(f"{told} {LEAST} are needed")
     if n * 3 * model.size**2 > MOST_BYTES:
@@ -544,17 +544,24 @@ def _captions_varied(options: Evaluation, model: LatentDiffusion, is_judged: boo
     return min(options.varied, options.n)
 
 
-def _about_intervals(sets: int) -> list[str]:
+def _about_intervals(
+    sets: int,
+    varied: int,  # captions that diversity is measured with
+) -> list[str]:
     "What the intervals are."
     if sets == 1:
         return ["An interval is of 95 %: of a share Wilson's, of a mean 1.96 standard errors to either side."]
+    once = ["Diversity is measured once; its interval is 1.96 standard errors to either side."]
     return [
-        f"All of it is done {sets} times, each time with other images, drawn and real: a number is the mean of {sets},",
+        f"There are {sets} sets of each kind, all of other images, drawn and real: a number is the mean of {sets},",
         "and its interval of 95 % is Student's t. A share is of all images together, and its interval Wilson's.",
+        *(once if varied else []),
     ]
 
 
-def _about(model: LatentDiffusion, splits: Sequence[Split], dataset: str, n: int, reader: SceneReader | None) -> str:
+def _about(
+    model: LatentDiffusion, splits: Sequence[Split], dataset: str, n: int, varied: int, reader: SceneReader | None
+) -> str:
     "How all was measured, line by line."
     what = "Image i is drawn with seed + i"
     if model_keys(model):
@@ -564,7 +571,7 @@ def _about(model: LatentDiffusion, splits: Sequence[Split], dataset: str, n: int
         f"{what}.",
         "The reconstructions are of the real images of the same samples, and these images are the other real ones.",
         "Each set is compared with the same number of real images behind them in the split; all images as bytes.",
-        *_about_intervals(sets),
+        *_about_intervals(sets, varied),
         "Fréchet distance, precision, recall and inception score depend on the number of images: compare equal ones.",
         "The Fréchet excess is what the distance is above that of the other real images.",
     ]
@@ -594,7 +601,7 @@ def evaluate(
     is_judged = _is_judged(model, dataset)
     wanted = tuple(dict.fromkeys(options.splits)) or default_splits(model, dataset)
     varied = _captions_varied(options, model, is_judged)
-    sets = check_count("sets", options.sets)
+    sets = check_count("sets", options.sets, 1, max(1, MOST_SEED // n))  # each image has a seed of its own
     check_count("seed", drawing.seed, 0, MOST_SEED + 1 - max(n * sets, TIMES * varied))
     if options.choose:
         _check_choice(model, is_judged, wanted)
@@ -613,7 +620,7 @@ def evaluate(
         numbers += score_split(model, split, drawing, judges, kept)
     if varied:
         numbers += score_diversity(model, splits[0], drawing, min(varied, splits[0].n), kept)
-    about = _about(model, splits, dataset, n, judges.reader)
+    about = _about(model, splits, dataset, n, varied, judges.reader)
     packages = ["torch-fidelity"] if judges.extractor.name.startswith("Inception") else []
     title = evaluation_title(model, options, name)
     return measured_here(title, numbers, about, drawing.seed, model.device, packages, command)

@@ -18,7 +18,7 @@ from ldm_edu.display import save
 from ldm_edu.errors import CheckpointError
 from ldm_edu.files import brief, load_tensors, parse_json
 from ldm_edu.training.loop import Stage, StepResult, check_finite, optimise
-from ldm_edu.training.recipes import Training
+from ldm_edu.training.recipes import Recipe, Training, recipe_from_dict
 from ldm_edu.training.run import Run, SignalGuard, plot_log, provenance
 from ldm_edu.training.state import State, check_fit, load_state, make_state, save_state, state_file
 
@@ -82,7 +82,9 @@ def save_snapshot(run: Run, stage: Stage, state: State) -> None:
         return
     done: Any = copy.deepcopy(stage.finish(copy.deepcopy(state.ema.module))).eval().float()
     made = provenance(run, replace(stage.training, steps=state.step), state.seconds, {})
-    done.provenance = {"recipe": parse_json(run.notes["recipe"]), "torch": torch.__version__, stage.name: made}
+    recipe = parse_json(run.notes["recipe"])
+    several = isinstance(recipe_from_dict(recipe), Recipe)  # then each stage has an entry of its own
+    done.provenance = {"recipe": recipe, "torch": torch.__version__} | ({stage.name: made} if several else made)
     done.save_pretrained(run.folder / "snapshots" / f"{stage.name}-{state.step:06d}")
 
 

@@ -565,6 +565,8 @@ def check_places(folder: Path, options: RunOptions) -> None:
         if os.path.lexists(folder / name) and not (folder / name).is_dir():
             raise LDMError(f"{folder / name} is no folder, but a run writes one there: move it away")
     probe(folder / "recipe.json")
+    if options.snapshot_every is not None and os.path.lexists(folder / "snapshots"):
+        probe(folder / "snapshots" / "config.json")
     folder_for(Path(options.cache_dir or folder / "cache") / "any")  # a full cache need not be written to
 
 

@@ -5,8 +5,10 @@ import os
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from scipy import stats
 
 import ldm_edu.evaluation.report as evaluation
 from ldm_edu import AutoencoderKL, LatentDiffusion, NoiseSchedule, ToyCOCO, UNet, collate
@@ -15,8 +17,8 @@ from ldm_edu.conditioning.tokens import ClassConditioner
 from ldm_edu.data.registry import open_dataset
 from ldm_edu.display import save, to_uint8
 from ldm_edu.errors import CheckpointError, DataError, LDMError
-from ldm_edu.evaluation.distances import frechet_distance, kernel_distance, precision_recall
-from ldm_edu.evaluation.extractors import find_extractor
+from ldm_edu.evaluation.distances import frechet_distance, inception_score, kernel_distance, precision_recall
+from ldm_edu.evaluation.extractors import extract, find_extractor
 from ldm_edu.evaluation.features import ToyFeatures
 from ldm_edu.evaluation.judge import SceneReader, prompt_accuracy
 from ldm_edu.evaluation.prompts import captions_of, diversity, score_prompts, score_reconstructions
@@ -26,17 +28,21 @@ from ldm_edu.evaluation.report import (
     KeptSamples,
     draw_set,
     evaluate,
+    find_evaluation,
+    from_bytes,
+    is_alike,
     last_evaluation,
     real_set,
     reconstructed_set,
     scores,
     table,
 )
-from ldm_edu.measurements import load_measurements
+from ldm_edu.measurements import Measurement, load_measurements
 
 QUICK = Drawing(steps=2, batch_size=4)
 NAMES = ("Fréchet distance", "kernel distance", "precision", "recall", "inception score")
 SETS = ("drawn", "reconstructed", "real halves")
+EXCESS = "Fréchet excess"  # of the first two sets
 
 
 def small(conditioner: Conditioner | None = None, size: int = 16, **provenance) -> LatentDiffusion:
@@ -241,13 +247,14 @@ def test_each_set_is_compared_with_other_real_images(shipped):
 @pytest.mark.parametrize("name", ["toy-class", "toy-attributes", "toy-layout"])
 def test_every_shipped_kind_of_condition_is_scored(name):
     measured = evaluate(LatentDiffusion.from_pretrained(name), Evaluation(replace(QUICK, sampler="dpm_solver_pp"), n=6))
-    assert [(m.of["set"], m.name) for m in measured] == [(s, score) for s in SETS for score in NAMES]
+    wanted = {s: [NAMES[0], *([EXCESS] if s != "real halves" else []), *NAMES[1:]] for s in SETS}
+    assert [(m.of["set"], m.name) for m in measured] == [(s, score) for s in SETS for score in wanted[s]]
     for m in measured:
         assert abs(m.value) < 1e3 and m.of["features"] == "ToyFeatures" and m.of["resize"] == "as they are"
         drawn = {"sampler": "dpm_solver_pp", "steps": 2, "scale": 3.0} if m.of["set"] == "drawn" else {}
         assert m.of.items() >= {"split": "test", **drawn}.items() and ("sampler" in m.of) == bool(drawn)
     told = table(measured)
-    for words in ("test, 6 images of each set", "dpm_solver_pp", "ToyFeatures", "as they are", *NAMES):
+    for words in ("test, 6 images of each set", "dpm_solver_pp", "ToyFeatures", "as they are", EXCESS, *NAMES):
         assert words in told
 
 
@@ -270,7 +277,7 @@ def test_another_sampler_changes_the_numbers_and_is_recorded(shipped):
 
 def test_few_images_leave_out_what_needs_more():
     measured = evaluate(small(), Evaluation(QUICK, dataset="toy", n=2))
-    assert {m.name for m in measured} == set(NAMES) - {"precision", "recall"}
+    assert {m.name for m in measured} == {EXCESS, *NAMES} - {"precision", "recall"}
 
 
 class MeanBrightness(Conditioner):
@@ -288,7 +295,7 @@ class MeanBrightness(Conditioner):
 
 def test_a_conditioner_of_ones_own_needs_nothing_more():
     measured = evaluate(small(MeanBrightness()), Evaluation(QUICK, dataset="toy-faces", n=4))
-    assert len(measured) == 15 and "scale" not in measured.one(NAMES[0], set="drawn").of
+    assert len(measured) == 17 and "scale" not in measured.one(NAMES[0], set="drawn").of
     assert "low_resolution and mask of sample i" in measured.about
 
 
@@ -312,6 +319,174 @@ def test_sets_are_the_first_images_of_a_split():
     with torch.no_grad():
         back = to_uint8(model.first_stage.reconstruct(images.float() / 127.5 - 1))
     assert (reconstructed_set(model, images, chunk=2).int() - back.int()).abs().max() <= 1
+
+
+# --- Several sets ---
+
+
+def features_by_hand(model, k: int, n: int, sets: int, seed: int) -> dict[str, tuple]:
+    """Features and probabilities of set k of each kind, and of the images that it is compared with."""
+    data, extractor = ToyCOCO("test", size=16), find_extractor("toy-features")
+    first, rows = seed + n * k, list(range(n * k, n * (k + 1)))
+    real, behind = (real_set(data, range(begin, begin + n)) for begin in (n * k, n * (sets + k)))
+    drawn = draw_set(model, replace(QUICK, seed=first), rows, ToyCOCO("test", size=16, keys=("class",)))
+    sets_of_images = dict(zip((*SETS, "behind"), (drawn, reconstructed_set(model, real, chunk=4), real, behind)))
+    return {
+        name: (extract(extractor, [from_bytes(images)], n), extractor.probabilities(from_bytes(images)))
+        for name, images in sets_of_images.items()
+    }
+
+
+def numbers_by_hand(model, k: int, n: int, sets: int, seed: int) -> dict[tuple[str, str], float]:
+    """All distances of set k, by set and name."""
+    features = features_by_hand(model, k, n, sets, seed)
+    (behind, _), found = features.pop("behind"), {}
+    for name, (x, p) in features.items():
+        kernel = kernel_distance(behind, x).value
+        both = frechet_distance(behind, x), kernel, *precision_recall(behind, x, 3), inception_score(p, 2).value
+        found |= {(name, score): value for score, value in zip(NAMES, both)}
+    floor = found["real halves", NAMES[0]]
+    return found | {(name, EXCESS): found[name, NAMES[0]] - floor for name in SETS[:2]}
+
+
+N, SEED = 6, 3  # images of each set, and the seed of the first one
+
+
+@pytest.fixture(scope="module")
+def in_sets():
+    """A model and its evaluations: of one set of each kind, of two and of three."""
+    model = small(ClassConditioner(24, 32), recipe={"dataset": "toy"})
+    options = Evaluation(replace(QUICK, seed=SEED), n=N)
+    return model, {sets: evaluate(model, replace(options, sets=sets)) for sets in (1, 2, 3)}
+
+
+def test_one_set_is_the_first_images_of_the_split_and_those_behind_them(in_sets):
+    model, measured = in_sets
+    wanted = numbers_by_hand(model, 0, N, 1, SEED)
+    assert {(m.of["set"], m.name): m.value for m in measured[1]} == pytest.approx(wanted, rel=1e-6, abs=1e-9)
+    assert not measured[1].keys("sets") and "1.96 standard errors" in measured[1].about
+    assert numbers(measured[1]) == numbers(evaluate(model, Evaluation(replace(QUICK, seed=SEED), n=N)))
+
+
+def test_the_excess_is_what_a_distance_is_above_that_of_real_images(in_sets):
+    _, measured = in_sets
+    floor = measured[1].one(NAMES[0], set="real halves").value
+    for name in SETS[:2]:
+        far, excess = (measured[1].one(score, set=name) for score in (NAMES[0], EXCESS))
+        assert excess.value == far.value - floor and excess.n == far.n == N and dict(excess.of) == dict(far.of)
+    assert not measured[1].of(EXCESS, set="real halves").numbers, "it would be 0"
+    for name in SETS[:2]:
+        far, excess, floor = (
+            measured[3].one(score, set=of).value
+            for score, of in ((NAMES[0], name), (EXCESS, name), (NAMES[0], "real halves"))
+        )
+        assert excess == pytest.approx(far - floor)
+
+
+@pytest.mark.parametrize("sets", [2, 3])
+def test_several_sets_are_each_of_other_images_drawn_and_real(sets, in_sets):
+    """The mean of numbers by hand, with the interval that scipy gives; the order is that of a single set."""
+    model, measured = in_sets
+    by_hand = [numbers_by_hand(model, k, N, sets, SEED) for k in range(sets)]
+    for m in measured[sets]:
+        values = [found[m.of["set"], m.name] for found in by_hand]
+        assert m.value == pytest.approx(np.mean(values), rel=1e-6, abs=1e-9) and m.of["sets"] == sets and m.n == N
+        if np.std(values) < 1e-9:
+            assert m.low == pytest.approx(m.high)
+            continue
+        interval = stats.t.interval(0.95, sets - 1, loc=np.mean(values), scale=stats.sem(values))
+        assert (m.low, m.high) == pytest.approx(interval, rel=1e-6, abs=1e-9)
+    kinds = [[(m.name, m.of["set"]) for m in measured[k]] for k in (1, sets)]
+    assert kinds[0] == kinds[1]
+    assert len(set(measured[sets].values(NAMES[0]))) == 3 and measured[sets].seed == SEED
+
+
+def test_several_sets_are_told_in_table_scores_and_file(in_sets, tmp_path):
+    _, measured = in_sets
+    told = table(measured[3])
+    assert f"test, {N} images of each set, 3 sets of each kind; drawn by" in told
+    assert "a number is the mean of 3" in told and "Student's t" in told and "1.96 standard" not in told
+    assert "sets of each kind" not in table(measured[1]) and "Diversity" not in told
+    m = measured[3].one(EXCESS, set="drawn")
+    lines = {line[:30].strip(): line for line in told.splitlines()}
+    assert f"{EXCESS:30s} {m.value:.3f} ({m.low:.3f} to {m.high:.3f})" in lines[EXCESS]
+    assert lines[EXCESS].count("(") == 2 and lines[NAMES[0]].count("(") == 3
+    found = scores(measured[3])
+    assert found["sets"] == 3 and "sets" not in scores(measured[1])
+    assert found["test"]["drawn"][EXCESS] == m.text(3)
+    assert [EXCESS in found["test"][head] for head in ("drawn", "ceiling", "real halves")] == [True, True, False]
+    measured[3].save(tmp_path / "three.json")
+    assert find_evaluation(tmp_path / "three.json") == measured[3]
+
+
+def test_evaluations_of_other_numbers_of_sets_are_not_alike(in_sets):
+    model, measured = in_sets
+    again = evaluate(model, Evaluation(replace(QUICK, seed=SEED), n=N, sets=2))
+    assert is_alike(measured[2], again) and numbers(measured[2]) == numbers(again)
+    assert not any(is_alike(measured[a], measured[b]) for a, b in ((1, 2), (2, 1), (2, 3)))
+
+
+def test_shares_of_several_sets_are_those_of_all_images(shipped):
+    """Also of a word that the first set has in no caption; diversity is measured once."""
+    model, n, sets = shipped["toy-text2image"], 4, 2
+    options = Evaluation(replace(QUICK, steps=4), n=n, sets=sets, splits=("test",), varied=2)
+    measured, reader = evaluate(model, options), SceneReader.from_pretrained("scene-reader")
+    texts, data = captions_of("test", n * sets), ToyCOCO("test", keys=("caption",))
+    drawn = torch.cat([draw_set(model, replace(options.drawing, seed=k), range(k, k + n), data) for k in (0, n)])
+    back = reconstructed_set(model, real_set(ToyCOCO("test"), range(n * sets)), chunk=4)
+    for name, images in (("drawn", drawn), ("reconstructed", back)):
+        accuracy = prompt_accuracy(from_bytes(images), texts, reader)
+        shares = dict(zip(evaluation.PROMPTS, (accuracy.prompts, accuracy.exact, accuracy.things, accuracy.relations)))
+        shares |= {word: accuracy.words[word] for word in evaluation.WORDS}
+        wanted = {score: Measurement.share(score, share.right, share.n) for score, share in shares.items() if share.n}
+        found = {m.name: m for m in measured.of(*evaluation.PROMPTS, set=name)}
+        assert found.keys() == wanted.keys()
+        for score, m in found.items():
+            assert (m.value, m.low, m.high, m.n) == pytest.approx(
+                [getattr(wanted[score], part) for part in ("value", "low", "high", "n")]
+            )
+            assert "sets" not in m.of and m.unit == "%"
+    first = prompt_accuracy(from_bytes(drawn[:n]), texts[:n], reader)
+    assert [word for word in evaluation.WORDS if word in found and not first.words[word].n] == ["right"]
+    assert measured.one("diversity", set="drawn").n == 2 and "Diversity is measured once" in table(measured)
+    assert scores(measured)["test"]["drawn"]["number"].endswith("n = 8)")
+
+
+@pytest.mark.parametrize("calls", [1, 3, 4])
+def test_an_interrupted_evaluation_of_several_sets_goes_on_with_the_same_numbers(calls, tmp_path, monkeypatch):
+    """Seeds 0 to 6 are drawn in batches of 4 and 3, seeds 7 to 13 in batches of 1, 4 and 2."""
+    model = small(ClassConditioner(24, 32), recipe={"dataset": "toy"})
+    options, kept = Evaluation(QUICK, n=7, sets=2), KeptSamples(tmp_path / "kept")
+    with monkeypatch.context() as patched:
+        drawn = count_drawn(model, patched)
+        whole = evaluate(model, options)
+    assert drawn == [4, 3, 1, 4, 2]
+    with monkeypatch.context() as patched:
+        stop_after(model, calls, patched)
+        with pytest.raises(Stopped):
+            evaluate(model, options, kept=kept)
+    again = KeptSamples(kept.folder)
+    with monkeypatch.context() as patched:
+        left = count_drawn(model, patched)
+        assert numbers(evaluate(model, options, kept=again)) == numbers(whole)
+    assert left == drawn[calls:] and len(set(again.used)) == 2
+    again.remove()
+    assert not kept.folder.exists()
+
+
+def test_a_small_folder_is_cut_into_parts_of_all_sets(tmp_path):
+    for i, image in enumerate(open_dataset("toy", size=16).__getitems__(range(90))):
+        save(image["image"], tmp_path / "scenes" / f"{i}.png")
+    options = Evaluation(QUICK, dataset="folder", data_dir=tmp_path, features="toy-features", n=64, sets=2)
+    size, model = len(open_dataset("folder", tmp_path, "test", 16)), small()
+    measured = evaluate(model, options)
+    assert {m.n for m in measured} == {size // 4} and size // 4 >= 2
+    assert f"has {size} images, so each set has {size // 4} in place of 64." in measured.about
+    most = size // 4  # sets of which each has two images, and two to be compared with
+    assert {m.n for m in evaluate(model, replace(options, sets=most))} == {2}
+    told = f"split 'test' of 'folder' has {size} images that fit, but for sets={most + 1}, {2 * most + 2} parts of"
+    with pytest.raises(LDMError, match=told):
+        evaluate(model, replace(options, sets=most + 1))
 
 
 # --- Captions ---
@@ -417,6 +592,13 @@ def test_an_evaluation_is_saved_and_the_last_one_found(tmp_path):
         ({"dataset": "toy", "drawing": replace(QUICK, steps=51)}, "steps=51 should be a whole number, 1 to 50"),
         ({"dataset": "toy", "drawing": replace(QUICK, seed=2**32 - 1)}, "seed=4294967295 should be"),
         ({"dataset": "toy", "drawing": replace(QUICK, batch_size=0)}, "batch_size=0 should be"),
+        ({"dataset": "toy", "sets": 0}, "sets=0 should be a whole number, 1 to"),
+        ({"dataset": "toy", "sets": -1}, "sets=-1 should be a whole number, 1 to"),
+        ({"dataset": "toy", "sets": True}, "sets=True should be a whole number, 1 to"),
+        ({"dataset": "toy", "sets": 20_000}, "50000 images that fit, but for sets=20000, 40000 parts of at least 2 "),
+        ({"dataset": "toy", "sets": 2**30 - 1}, "but for sets=1073741823, 2147483646 parts of at least 2 are needed"),
+        ({"dataset": "toy", "sets": 10**30}, "sets=1000000000000000000000000000000 should be a whole number, 1 to"),
+        ({"dataset": "toy", "sets": 3, "drawing": replace(QUICK, seed=2**32 - 9)}, "seed=4294967287 should be"),
     ],
 )
 def test_what_makes_no_sense_is_refused_before_anything_is_drawn(options, said, monkeypatch):
