@@ -84,6 +84,22 @@ class Measurement:
         return cls(name, value, low=low, high=high, n=n, **more)
 
     @classmethod
+    def repeated(cls, name: str, values: Iterable[int | float], **more: Any) -> "Measurement":
+        """The mean of a few independent values, such as those of several sets of images, with Student's t interval.
+
+        Of two models that were measured on the same sets, give the differences: they scatter less than the values.
+        """
+        found = [float(value) for value in values]
+        if len(found) < 2:
+            raise LDMError(f"values: {len(found)} of {shown(name)}, but an interval needs at least 2")
+        from scipy.stats import t  # loaded here, since it takes a second
+
+        middle = math.fsum(found) / len(found)
+        spread = math.sqrt(math.fsum((value - middle) ** 2 for value in found) / (len(found) - 1))
+        half = float(t.ppf(0.975, len(found) - 1)) * spread / len(found) ** 0.5
+        return cls(name, middle, low=middle - half, high=middle + half, **more)
+
+    @classmethod
     def share(cls, name: str, right: int, n: int, **more: Any) -> "Measurement":
         "A share, `right` of `n`, in percent, with Wilson's interval."
         check_count("right", right, 0, check_count("n", n))

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from scipy import stats
 from scipy.stats import binomtest, norm
 
 from ldm_edu.errors import CheckpointError, LDMError
@@ -47,6 +48,28 @@ BARE = Measurements("nothing but a title", "true")
 @pytest.mark.parametrize("value", [1, 1.5, -3.0, 0, 1e-300, 10**20, math.inf, -math.inf])
 def test_a_value_may_be_any_number(value):
     assert Measurement("x", value).value == value
+
+
+@pytest.mark.parametrize("values", [[1, 2], [0.3, 0.1, 0.25, 0.4], [2.5] * 3, [1e-9, -1e9, 5]])
+def test_repeated_values_have_the_mean_and_students_interval(values):
+    found = Measurement.repeated("x", values, of={"set": "drawn"}, n=512)
+    error = stats.sem(values)
+    low, high = (
+        stats.t.interval(0.95, len(values) - 1, loc=sum(values) / len(values), scale=error)
+        if error
+        else 2 * (found.value,)
+    )
+    assert found.value == pytest.approx(sum(values) / len(values)) and (found.n, dict(found.of)) == (
+        512,
+        {"set": "drawn"},
+    )
+    assert (found.low, found.high) == pytest.approx((low, high))
+
+
+def test_an_interval_of_repeated_values_needs_two():
+    for values in ([], [1.0]):
+        with pytest.raises(LDMError, match=f"values: {len(values)} of 'x', but an interval needs at least 2"):
+            Measurement.repeated("x", values)
 
 
 REFUSED = """

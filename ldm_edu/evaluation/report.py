@@ -62,6 +62,7 @@ NEIGHBOURS = 3  # k of precision and recall
 PART = 50  # images in each of the ten parts of an inception score, or more; smaller sets have fewer parts
 VARIED, TIMES = 64, 4  # captions of which several images are drawn, and how many of each
 REAL, BACK, DRAWN, FITTING = "real halves", "reconstructed", "drawn", "fitting scenes"  # the sets, in `of`
+BY_SET = "Fréchet excess of a set"  # one of several: two models are compared set by set
 CHOICE = "captions drawn exactly, to choose the scale"
 WORDS = ("number", "size", "colour", "shape", *RELATIONS)
 PROMPTS = ("every thing of the caption", "... and nothing else", "things", "relations", *WORDS)  # of `PromptAccuracy`
@@ -495,13 +496,8 @@ def _over_sets(numbers: Sequence[Measurement]) -> Measurement:
     if first.unit == "%":
         right, n = sum(round(m.value * (m.n or 0) / 100) for m in numbers), sum(m.n or 0 for m in numbers)
         return Measurement.share(first.name, right, n, of=first.of)
-    from scipy.stats import t  # loaded here, since it takes a second
-
-    values = np.array([m.value for m in numbers], dtype=float)
-    half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
-    middle = float(values.mean())
     of = {**first.of, "sets": len(numbers)}
-    return Measurement(first.name, middle, of, low=middle - half, high=middle + half, n=first.n)
+    return Measurement.repeated(first.name, [m.value for m in numbers], of=of, n=first.n)
 
 
 def score_split(
@@ -514,7 +510,13 @@ def score_split(
     groups: dict[tuple[Any, ...], list[Measurement]] = {}
     for number in (number for numbers in found for number in numbers):
         groups.setdefault((number.name, *sorted(number.of.items())), []).append(number)
-    return [_over_sets(group) for group in groups.values()]
+    singly = [
+        replace(number, name=BY_SET, of={**number.of, "number": k})
+        for k, numbers in enumerate(found)
+        for number in numbers
+        if number.name == "Fréchet excess"
+    ]
+    return [*map(_over_sets, groups.values()), *singly]
 
 
 # --- A whole evaluation ---
@@ -677,7 +679,7 @@ def _block(split: str, numbers: Measurements) -> str:
 
 def _parted(measured: Measurements) -> tuple[Measurements, Measurements, dict[str, Measurements]]:
     "The numbers that a scale was chosen by, those of diversity, and the others by split."
-    names = [m.name for m in measured if m.name not in (CHOICE, "diversity")]
+    names = [m.name for m in measured if m.name not in (CHOICE, BY_SET, "diversity")]
     others = measured.of(*names)
     splits = {str(split): others.of(split=split) for split in others.keys("split")}
     return measured.of(CHOICE), measured.of("diversity"), splits

@@ -42,6 +42,7 @@ from ldm_edu.measurements import Measurement, load_measurements
 QUICK = Drawing(steps=2, batch_size=4)
 NAMES = ("Fréchet distance", "kernel distance", "precision", "recall", "inception score")
 SETS = ("drawn", "reconstructed", "real halves")
+BY_SET = "Fréchet excess of a set"
 EXCESS = "Fréchet excess"  # of the first two sets
 
 
@@ -388,7 +389,12 @@ def test_several_sets_are_each_of_other_images_drawn_and_real(sets, in_sets):
     """The mean of numbers by hand, with the interval that scipy gives; the order is that of a single set."""
     model, measured = in_sets
     by_hand = [numbers_by_hand(model, k, N, sets, SEED) for k in range(sets)]
-    for m in measured[sets]:
+    together, singly = measured[sets].of(*NAMES, EXCESS), measured[sets].of(BY_SET)
+    assert len(together) + len(singly) == len(measured[sets]) and len(singly) == 2 * sets
+    for m in singly:
+        wanted = by_hand[m.of["number"]][m.of["set"], EXCESS]
+        assert m.value == pytest.approx(wanted, rel=1e-6, abs=1e-9) and m.n == N
+    for m in together:
         values = [found[m.of["set"], m.name] for found in by_hand]
         assert m.value == pytest.approx(np.mean(values), rel=1e-6, abs=1e-9) and m.of["sets"] == sets and m.n == N
         if np.std(values) < 1e-9:
@@ -396,7 +402,7 @@ def test_several_sets_are_each_of_other_images_drawn_and_real(sets, in_sets):
             continue
         interval = stats.t.interval(0.95, sets - 1, loc=np.mean(values), scale=stats.sem(values))
         assert (m.low, m.high) == pytest.approx(interval, rel=1e-6, abs=1e-9)
-    kinds = [[(m.name, m.of["set"]) for m in measured[k]] for k in (1, sets)]
+    kinds = [[(m.name, m.of["set"]) for m in found] for found in (measured[1], together)]
     assert kinds[0] == kinds[1]
     assert len(set(measured[sets].values(NAMES[0]))) == 3 and measured[sets].seed == SEED
 
