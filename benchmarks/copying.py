@@ -2,7 +2,7 @@
 
     for n in 16 128 1024 50000; do
         ldm-edu train toy-faces --out runs/faces-$n \\
-            --set diffusion.training.steps=2000 --set diffusion.training.images=$n --snapshot-every 500
+            --set diffusion.training.steps=1500 --set diffusion.training.images=$n --snapshot-every 500
     done
     python benchmarks/copying.py copying runs/faces-16 runs/faces-128 runs/faces-1024 runs/faces-50000
 

@@ -184,15 +184,18 @@ class Measurements:
         columns: Sequence[str] | None = None,  # names of numbers; None: all
         digits: int | None = None,  # behind the point; None: as many as the size of a number wants
         intervals: bool = True,
+        keys: Sequence[str] | None = None,  # of `of`, shown in each row; None: all
     ) -> str:
         "A Markdown table: a row for each thing that was measured, a column for each name."
         names = list(columns or dict.fromkeys(m.name for m in self.numbers))
-        keys = list(dict.fromkeys(key for m in self.numbers if m.name in names for key in m.of))
+        keys = list(keys or dict.fromkeys(key for m in self.numbers if m.name in names for key in m.of))
         rows: dict[tuple, dict[str, str]] = {}
         for m in self.numbers:
             if m.name in names:
                 told = m.text(digits) if intervals else replace(m, low=None, high=None).text(digits)
-                rows.setdefault(tuple(m.of.get(key, "") for key in keys), {})[m.name] = told
+                row = rows.setdefault(tuple(m.of.get(key, "") for key in keys), {})
+                if row.setdefault(m.name, told) != told:
+                    raise LDMError(f"keys={shown(keys)} do not tell two numbers of {shown(m.name)} apart")
         lines = [keys + names, ["---"] * len(keys + names)]
         lines += [[*map(str, row), *(cells.get(name, "–") for name in names)] for row, cells in rows.items()]
         cells = ([" ".join(cell.replace("|", "/").split()) for cell in line] for line in lines)

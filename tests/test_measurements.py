@@ -72,6 +72,18 @@ def test_an_interval_of_repeated_values_needs_two():
             Measurement.repeated("x", values)
 
 
+def test_a_table_shows_the_keys_that_are_asked_for():
+    numbers = [
+        Measurement("distance", 0.5, {"step": 1, "features": "toy"}),
+        Measurement("share", 50.0, {"step": 1}, "%"),
+        Measurement("distance", 0.25, {"step": 2, "features": "toy"}),
+    ]
+    told = replace(BARE, numbers=tuple(numbers)).table(digits=2, keys=("step",))
+    assert told.split("\n")[2:] == ["| 1 | 0.50 | 50.00 % |", "| 2 | 0.25 | – |"]
+    with pytest.raises(LDMError, match="do not tell two numbers of 'distance' apart"):
+        replace(BARE, numbers=tuple(numbers)).table(keys=("features",))
+
+
 REFUSED = """
 import json, math
 from ldm_edu.errors import LDMError

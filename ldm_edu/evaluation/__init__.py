@@ -1,6 +1,8 @@
 """Distances between images, the judge, and scores of whole models."""
 
+from ldm_edu.evaluation.attention import attention_maps
 from ldm_edu.evaluation.conditions import ConditionScores, score_condition
+from ldm_edu.evaluation.copying import copied, thumbnails
 from ldm_edu.evaluation.distances import (
     frechet_distance,
     inception_score,
@@ -33,9 +35,11 @@ __all__ = [
     "SceneReader",
     "Share",
     "ToyFeatures",
+    "attention_maps",
     "captions_of",
     "choose_scale",
     "clip_score",
+    "copied",
     "diversity",
     "draw_captions",
     "evaluate",
@@ -54,5 +58,6 @@ __all__ = [
     "score_prompts",
     "score_reconstructions",
     "ssim",
+    "thumbnails",
     "what",
 ]
