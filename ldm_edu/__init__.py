@@ -55,6 +55,7 @@ from ldm_edu.conditioning import (
     drop,
 )
 from ldm_edu.latent_diffusion import LatentDiffusion
+from ldm_edu.applications import draw, inpaint, upscale
 from ldm_edu.published import load_published_model, load_published_unet, save_diffusers_pipeline
 from ldm_edu.evaluation import LPIPS, SceneReader, ToyFeatures, prompt_accuracy, psnr, score_first_stage, ssim
 from ldm_edu.training import RECIPES, Recipe, RunOptions, Stage, find_recipe, train
@@ -112,11 +113,13 @@ __all__ = [
     "decode_tiled",
     "diffusion_loss",
     "dpm_solver_pp",
+    "draw",
     "drop",
     "encode_tiled",
     "estimate_scale",
     "find_recipe",
     "heun",
+    "inpaint",
     "last",
     "load_first_stage",
     "load_published",
@@ -133,4 +136,5 @@ __all__ = [
     "set_seed",
     "ssim",
     "train",
+    "upscale",
 ]

@@ -294,17 +294,24 @@ class _Misfit(CheckpointError):
     "Tensors are not those of a module."
 
 
+_OPEN = threading.local()  # `blocks`: those of `_at_most` in which this thread is, the innermost last
+
+
 @contextmanager
 def _at_most(
     count: int,  # of parameters and modules
     numbers: int,  # in all parameters together
 ) -> Iterator[None]:
-    "Within the block, this thread makes at most so many parameters and modules; one more raises `_TooLarge`."
-    thread, made, total = threading.get_ident(), itertools.count(1), 0
+    """Within the block, this thread makes at most so many parameters and modules; one more raises `_TooLarge`.
+
+    A block inside of it has its own limits: there another file is read, such as a first stage that is shared.
+    """
+    made, total, blocks = itertools.count(1), 0, vars(_OPEN).setdefault("blocks", [])
+    this = object()
 
     def see(module: nn.Module, name: str, inner: nn.Module | nn.Parameter | None) -> None:
         nonlocal total
-        if threading.get_ident() != thread:
+        if getattr(_OPEN, "blocks", [None])[-1:] != [this]:  # another thread, or a block inside of this one
             return
         if isinstance(inner, nn.Parameter) and not is_lazy(inner):
             total += inner.numel()
@@ -312,9 +319,11 @@ def _at_most(
             raise _TooLarge
 
     handles = [register_module_parameter_registration_hook(see), register_module_module_registration_hook(see)]
+    blocks.append(this)
     try:
         yield
     finally:
+        blocks.remove(this)
         for handle in handles:
             handle.remove()
 

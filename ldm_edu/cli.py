@@ -28,12 +28,27 @@ from torch.nn import functional as F
 from typer.core import TyperGroup
 
 from ldm_edu.start import let_ctrl_c_end
+from ldm_edu.applications import (
+    check_classes,
+    class_numbers,
+    map_parts,
+    read_depth,
+    read_mask,
+    read_picture,
+    read_segmentation,
+    upscaling,
+)
+from ldm_edu.applications import draw as draw_maps
+from ldm_edu.applications import inpaint as fill_holes
+from ldm_edu.applications import upscale as upscale_images
 from ldm_edu.basics import pick_device
-from ldm_edu.checkpoints import PRETRAINED
+from ldm_edu.checkpoints import PRETRAINED, checkpoint_path
 from ldm_edu.checks import MOST_SEED, check_choice, check_count, check_number, shown
+from ldm_edu.data.images import image_size
 from ldm_edu.data.download import TERMS, accept_terms, check_request, download_celeba, download_coco, terms_accepted
 from ldm_edu.data.registry import open_dataset
 from ldm_edu.data.toy.captions import read_caption
+from ldm_edu.data.toy.scenes import SEGMENTS
 from ldm_edu.diffusion.sampling import SAMPLERS
 from ldm_edu.display import grid, new_figure, save, to_pil
 from ldm_edu.doctor import examine
@@ -283,6 +298,167 @@ def sample(
     images = diffusion.sample(captions, n, steps, scale, seed, sampler, show_progress=True, **more)
     save(images[0] if len(images) == 1 else grid(images), out)
     typer.echo(f"{len(images)} image{'s' * (len(images) > 1)} in {out}")
+
+
+# --- Pictures of one's own ---
+
+Model = Annotated[str, typer.Option(help="name of a shipped checkpoint, or a folder")]
+Steps = Annotated[int, typer.Option(help="denoising steps")]
+FirstSeed = Annotated[int, typer.Option(help="seed of the first image; each further image has the next one")]
+Sampler = Annotated[str, typer.Option(help=", ".join(SAMPLERS))]
+AtATime = Annotated[
+    int | None, typer.Option(min=1, help="images at a time; then each is the same to the bit in any company")
+]
+_DRAWN_ONLY = (
+    "the shipped models know only the drawn faces and scenes of the course; photographs need your own, --model FOLDER"
+)
+
+
+def _is_shipped(model: str) -> bool:
+    "Is this one of the checkpoints that come with the package?"
+    with suppress(LDMError):
+        return checkpoint_path(model).resolve().is_relative_to(PRETRAINED.resolve())
+    return False
+
+
+_MOST_PIXELS = 2**20  # of a result: attention between all positions of its latent takes gigabytes then
+
+
+def _check_result(file: Path, width: int, height: int, k: int = 1) -> None:
+    "LDMError where the result for a picture, k times larger, would have too many pixels."
+    if k * max(width, height) > _MOST_SIZE or k**2 * width * height > _MOST_PIXELS:
+        larger = f", and would have {k * width} × {k * height}" * (k > 1)
+        limit = f"the limit is {_MOST_SIZE} along a side and {_MOST_PIXELS:,} in all"
+        raise LDMError(f"{file} has {width} × {height} pixels{larger}; {limit}: make it smaller, or cut it into parts")
+
+
+def _readable_size(file: Path, out: Path) -> tuple[int, int]:
+    "Width and height of a picture; LDMError where it is larger than any result, or where `out` would replace it."
+    width, height = image_size(os.path.expanduser(file))
+    _check_result(file, width, height)
+    there = place(out)
+    if there.exists() and there.samefile(os.path.expanduser(file)):
+        raise LDMError(f"--out {out}: that is {file} itself, which would be replaced: choose another name")
+    return width, height
+
+
+def _check_drawing(steps: int, sampler: str, seed: int, n: int = 1, pixels: int = 1, scale: float = 1.0) -> None:
+    "LDMError where these are no numbers to draw n images of so many pixels with."
+    _check_sampling(steps, scale)
+    check_choice("--sampler", sampler, SAMPLERS)
+    check_count("--n", n, 1, min(_MOST_IMAGES, _MOST_NUMBERS // (3 * pixels)))
+    check_count("--seed", seed, 0, MOST_SEED + 1 - n)
+
+
+def _keep(images: Float[Tensor, "b 3 h w"], out: Path, model: str) -> None:
+    "Save images as one PNG and say so."
+    save(images[0] if len(images) == 1 else grid(images), out)
+    height, width = images.shape[2:]
+    typer.echo(f"{len(images)} image{'s' * (len(images) > 1)} of {width} × {height} pixels in {out}")
+    if _is_shipped(model):
+        typer.echo(_DRAWN_ONLY)
+
+
+@app.command()
+def upscale(
+    file: Annotated[Path, typer.Argument(help="a small picture")],
+    model: Model = "toy-super-resolution",
+    steps: Steps = 50,
+    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
+    sampler: Sampler = "ddim",
+    device: Device = None,
+    out: Out = Path("upscaled.png"),
+) -> None:
+    """Make a picture larger, by a model that was trained for it, and save it as a PNG: the shipped model by 4.
+
+    The shipped models know only the drawn faces and scenes of the course; photographs need your own, --model FOLDER.
+    """
+    _check_drawing(steps, sampler, seed)
+    sides = _readable_size(file, out)
+    out, picture = _png(out), read_picture(file)
+    diffusion = LatentDiffusion.from_pretrained(model).to(_chosen_device(device))
+    _, k = upscaling(diffusion)
+    _check_result(file, *sides, k)
+    how = {"steps": steps, "seed": seed, "sampler": sampler}
+    _keep(upscale_images(diffusion, picture.to(diffusion.device), **how, show_progress=True), out, model)
+
+
+@app.command()
+def inpaint(
+    file: Annotated[Path, typer.Argument(help="a picture")],
+    mask: Annotated[Path, typer.Option(help="image file of the same size, black and white: white is filled anew")],
+    model: Model = "toy-inpainting",
+    n: Annotated[int, typer.Option("-n", "--n", help="number of fillings")] = 1,
+    steps: Steps = 50,
+    seed: FirstSeed = 0,
+    sampler: Sampler = "ddim",
+    batch_size: AtATime = None,
+    device: Device = None,
+    out: Out = Path("inpainted.png"),
+) -> None:
+    """Fill a part of a picture anew and save the result, or a grid of several, as one PNG; the rest stays as it is.
+
+    The shipped models know only the drawn faces and scenes of the course; photographs need your own, --model FOLDER.
+    """
+    sides, others = _readable_size(file, out), _readable_size(mask, out)
+    if sides != others:
+        told = " and ".join(f"{path} has {w} × {h} pixels" for path, (w, h) in ((file, sides), (mask, others)))
+        raise LDMError(f"--mask: {told}: a mask is as large as its picture")
+    _check_drawing(steps, sampler, seed, n, sides[0] * sides[1])
+    out, picture, hidden = _png(out), read_picture(file), read_mask(mask)
+    diffusion = LatentDiffusion.from_pretrained(model).to(_chosen_device(device))
+    how: dict[str, Any] = {"steps": steps, "seed": seed, "sampler": sampler, "batch_size": batch_size}
+    _keep(fill_holes(diffusion, picture.expand(n, -1, -1, -1), hidden, **how, show_progress=True), out, model)
+
+
+def _read_maps(diffusion: LatentDiffusion, segmentation: Path | None, depth: Path | None, shipped: bool) -> Any:
+    "The maps in files, by their keys; LDMError names a file that the model cannot read."
+    maps, part = {}, map_parts(diffusion).get("segmentation")
+    if segmentation is not None:
+        classes = part.classes if part is not None else None
+        names = SEGMENTS if shipped and classes == len(SEGMENTS) else ()
+        ids = read_segmentation(segmentation, "" if classes is None else class_numbers(classes, names))
+        if classes is not None:
+            check_classes(str(segmentation), ids, classes, names)
+        maps["segmentation"] = ids.to(diffusion.device)
+    if depth is not None:
+        maps["depth"] = read_depth(depth).to(diffusion.device)
+    return maps
+
+
+@app.command()
+def draw(
+    caption: Annotated[str | None, typer.Argument(help="what the picture should show, in quotes")] = None,
+    segmentation: Annotated[
+        Path | None, typer.Option(help="image file, grey or with a palette, whose values are class ids")
+    ] = None,
+    depth: Annotated[
+        Path | None, typer.Option(help="grey image file of 8 or 16 bits, or a TIFF of fractions: larger is farther")
+    ] = None,
+    model: Model = "toy-maps",
+    n: Annotated[int, typer.Option("-n", "--n", help="number of images")] = 1,
+    steps: Steps = 50,
+    scale: Annotated[float, typer.Option(help="guidance scale; 1 means no guidance")] = 3.0,
+    seed: FirstSeed = 0,
+    sampler: Sampler = "ddim",
+    batch_size: AtATime = None,
+    device: Device = None,
+    out: Out = Path("drawn.png"),
+) -> None:
+    """Draw from a segmentation, a depth map, a caption, or any of them together, and save the images as one PNG.
+
+    The shipped models know only the drawn faces and scenes of the course; photographs need your own, --model FOLDER.
+    """
+    files = [file for file in (segmentation, depth) if file is not None]
+    if caption is None and not files:
+        raise LDMError("nothing says what to draw: give a caption, --segmentation FILE, --depth FILE, or several")
+    pixels = [width * height for width, height in (_readable_size(file, out) for file in files)]
+    _check_drawing(steps, sampler, seed, n, max(pixels, default=1), scale)
+    out = _png(out)
+    diffusion = LatentDiffusion.from_pretrained(model).to(_chosen_device(device))
+    maps = _read_maps(diffusion, segmentation, depth, _is_shipped(model))
+    how: dict[str, Any] = {"steps": steps, "scale": scale, "seed": seed, "sampler": sampler, "batch_size": batch_size}
+    _keep(draw_maps(diffusion, maps, caption, n=n, **how, show_progress=True), out, model)
 
 
 # --- Data ---
@@ -585,6 +761,8 @@ def evaluate(
     Beside each number stands that of reconstructions and of other real images: no better one can be expected.
 
     Where a model draws captions of toy scenes, the judge also says how many of them are right, word by word.
+
+    Where it is given a small image, a hole or a map, scores such as PSNR or IoU say how well its images agree with that.
 
     After an interruption, the same command goes on where it was.
     """

@@ -170,6 +170,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path} does not describe a LatentDiffusion: {brief(error)}") from error
 
+# %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #5e51a001
+def _share_stage(conditioner: Conditioner | None, stage: Mapping[str, str] | None) -> None:
+    "Let the conditioners that hold the model's first stage name it, as the model does; None: save their copies."
+    for part in () if conditioner is None else conditioner.modules():
+        if callable(share := getattr(part, "share_first_stage", None)):
+            share(stage)
+
 # %% ../nbs/5_latent_diffusion/51_latent_diffusion.ipynb #1193db2f
 class LatentDiffusion(Sampling, Saved):
     "A latent diffusion model (§ 3): first stage, UNet, schedule, and a conditioner unless it is unconditional."
@@ -185,6 +192,7 @@ class LatentDiffusion(Sampling, Saved):
         config |= {"conditional": self.conditioner is not None, "provenance": self.provenance}
         config |= {} if first_stage is None else {"first_stage": _same_stage(first_stage, self.first_stage)}
         _entries(config)  # an error for what could not be loaded again
+        _share_stage(self.conditioner, config.get("first_stage"))
         with whole_folder(folder) as new:
             for name in _LOADERS:
                 if (part := getattr(self, name)) is not None and name not in config:

@@ -27,6 +27,7 @@ LEVELS = {
     "conditioning": 7,
     "inputs": 7.5,
     "latent_diffusion": 8,
+    "applications": 9,
     "evaluation": 9,
     "published": 9,
     "training": 10,

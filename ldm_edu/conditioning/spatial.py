@@ -16,11 +16,12 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ..checks import WHOLE, check_counts, check_images, check_map, known_range, shown
+from ..checkpoints import weights_checksum
+from ..checks import WHOLE, check_choice, check_counts, check_images, check_map, known_range, shown
 from .condition import Condition, Conditioner, check_key, read_key
 from ..errors import LDMError
 from ..first_stage.autoencoder import FirstStage
-from ..first_stage.quantization import load_first_stage
+from ..first_stage.quantization import load_first_stage, load_shared_stage
 
 # %% ../../nbs/4_conditioning/43_spatial.ipynb #15e70c8a
 def shrink(
@@ -136,29 +137,68 @@ def check_hole(mask: Any, shape: tuple[int, ...]) -> Bool[Tensor, "b 1 h w"]:
         raise LDMError(f"mask should hold 0 (known) and 1 (missing), but runs from {ends[0]} to {ends[1]}")
     return mask >= 0.5 if mask.is_floating_point() else mask.bool()
 
-# %% ../../nbs/4_conditioning/43_spatial.ipynb #f409f2c6
-class InpaintingConditioner(Conditioner):
-    "A picture with a hole: the latent of what is known, and the mask in the latent's size (§ 4.5)."
+# %% ../../nbs/4_conditioning/43_spatial.ipynb #5e43a001
+def _without_shared(part: nn.Module, tensors: dict[str, Any], prefix: str, notes: Any) -> None:
+    "After `state_dict`: a first stage that is named is not saved."
+    if part.shared is not None:
+        for name in [name for name in tensors if name.startswith(f"{prefix}first_stage.")]:
+            del tensors[name]
 
-    keys = ("image", "mask")
+
+def _expect_no_shared(part: nn.Module, keys: Any) -> None:
+    "After `load_state_dict`: a first stage that is named is not missing."
+    if part.shared is not None:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if "first_stage." not in name]
+
+# %% ../../nbs/4_conditioning/43_spatial.ipynb #5e43a002
+class HoldsFirstStage(Conditioner):
+    "A conditioner that encodes images by the model's first stage, of which it has a frozen copy."
+
     follow = ("first_stage",)
 
-    def __init__(
-        self,
-        first_stage: FirstStage | str,  # the model's own, frozen here; a name is looked up as `load_first_stage` does
-    ):
+    def __init__(self, first_stage: FirstStage | str | Mapping):
         super().__init__()
-        found = load_first_stage(first_stage) if isinstance(first_stage, str) else copy.deepcopy(first_stage)
+        self.shared = dict(first_stage) if isinstance(first_stage, Mapping) else None
+        if isinstance(first_stage, str):
+            found = load_first_stage(first_stage)
+        else:
+            found = copy.deepcopy(first_stage) if self.shared is None else load_shared_stage(first_stage)
         if not isinstance(found, FirstStage):
             raise LDMError(f"first_stage should be a first stage, or the name of a saved one, not {shown(first_stage)}")
         self.first_stage = found.eval().requires_grad_(False)
-        self.concat_channels = found.latent_channels + 1
+        self.register_state_dict_post_hook(_without_shared)
+        self.register_load_state_dict_post_hook(_expect_no_shared)
 
-    def train(self, mode: bool = True) -> "InpaintingConditioner":
+    @property
+    def config(self) -> dict[str, Any]:
+        "The arguments; a first stage that is shared is named."
+        return super().config | ({} if self.shared is None else {"first_stage": self.shared})
+
+    def share_first_stage(self, shared: Mapping[str, str] | None) -> None:
+        "Save a name and a checksum in place of the first stage, where these are those of its weights."
+        is_same = shared is not None and weights_checksum(self.first_stage) == shared["checksum"]
+        self.shared = dict(shared) if shared is not None and is_same else None
+
+    def train(self, mode: bool = True) -> "HoldsFirstStage":
         "The first stage is frozen: it stays in eval mode."
         super().train(mode)
         self.first_stage.eval()
         return self
+
+# %% ../../nbs/4_conditioning/43_spatial.ipynb #f409f2c6
+class InpaintingConditioner(HoldsFirstStage):
+    "A picture with a hole: the latent of what is known, and the mask in the latent's size (§ 4.5)."
+
+    keys = ("image", "mask")
+
+    def __init__(
+        self,
+        first_stage: FirstStage | str | Mapping,  # the model's own, frozen here; or its name; or as it is shared
+        rule: str = "nearest",  # of the smaller mask, see `mask_to_latent`: "nearest" as in the released code, or "any"
+    ):
+        super().__init__(first_stage)
+        self.concat_channels = self.first_stage.latent_channels + 1
+        self.rule = check_choice("rule", rule, ("nearest", "any"))
 
     @torch.no_grad()
     def forward(self, batch: Mapping[str, Any]) -> Condition:
@@ -172,8 +212,8 @@ class InpaintingConditioner(Conditioner):
             sides = " × ".join(map(str, image.shape[2:]))
             raise LDMError(f"image is {sides}, but both sides should be multiples of first_stage's f = {f}")
         known = self.first_stage.encode(torch.where(hidden, -1.0, image))  # (b, c, h/f, w/f)
-        small = F.interpolate(hidden.to(known.dtype), size=known.shape[2:])  # the nearest pixel
-        return Condition(concat=torch.cat([known, 2 * small - 1], dim=1))
+        small = F.max_pool2d(hidden.float(), f) if self.rule == "any" else hidden[..., ::f, ::f].float()
+        return Condition(concat=torch.cat([known, 2 * small.to(known) - 1], dim=1))
 
     def null(self, b: int = 1) -> Condition:
         "No slot: a hole is never dropped."

@@ -1,4 +1,4 @@
-"""Keys that any data set with images has: a low-resolution image, and a mask with a hole."""
+"""Keys that any data set with images has: a low-resolution image, a degraded one, and a mask with a hole."""
 
 import operator
 import zlib
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ldm_edu.data.batches import SampleDataset
-from ldm_edu.data.degradation import downsample, random_mask
+from ldm_edu.data.degradation import degrade, downsample, random_mask
 from ldm_edu.errors import DataError, LDMError
 
 __all__ = ["Derived"]
@@ -28,6 +28,14 @@ def low_resolution(image: Tensor, stream: Sequence[int]) -> Tensor:
         raise DataError(f"low_resolution: {error}") from error
 
 
+def degraded(image: Tensor, stream: Sequence[int]) -> Tensor:
+    "The image (3, h, w), four times smaller, with blur, noise and JPEG, the same every time for a sample (D.6.1)."
+    try:
+        return degrade(image[None], FACTOR, [np.random.default_rng([DERIVED_VERSION, *stream])])[0]
+    except LDMError as error:
+        raise DataError(f"degraded: {error}") from error
+
+
 def mask(image: Tensor, stream: Sequence[int]) -> Tensor:
     "(1, h, w), 1 where something is missing: a box, brush strokes or a half, the same every time for a sample."
     if image.shape[1] != image.shape[2]:
@@ -35,11 +43,15 @@ def mask(image: Tensor, stream: Sequence[int]) -> Tensor:
     return random_mask(image.shape[1], [np.random.default_rng([DERIVED_VERSION, *stream])])[0]
 
 
-DERIVED: dict[str, Callable[[Tensor, Sequence[int]], Tensor]] = {"low_resolution": low_resolution, "mask": mask}
+DERIVED: dict[str, Callable[[Tensor, Sequence[int]], Tensor]] = {
+    "low_resolution": low_resolution,
+    "degraded": degraded,
+    "mask": mask,
+}
 
 
 class Derived(Dataset):
-    "A data set with `low_resolution` (3, size/4, size/4) and `mask` (1, size, size), made of its images."
+    "A data set with `low_resolution` and `degraded` (3, size/4, size/4), `mask` (1, size, size), made of its images."
 
     known_keys = tuple(DERIVED)
 

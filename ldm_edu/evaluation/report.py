@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -11,22 +12,34 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, Float, UInt8
 from torch import Tensor
 
 from ldm_edu.basics import progress
 from ldm_edu.checkpoints import weights_checksum
 from ldm_edu.checks import MOST_SEED, check_count
 from ldm_edu.data.batches import SampleDataset, collate
+from ldm_edu.data.degradation import upsample
 from ldm_edu.data.registry import known_keys, open_dataset
 from ldm_edu.data.toy.captions import RELATIONS
 from ldm_edu.data.toy.scenes import render
 from ldm_edu.display import to_uint8
 from ldm_edu.errors import CheckpointError, LDMError
+from ldm_edu.evaluation.agreement import (
+    MAPS,
+    NETWORKS,
+    MapAgreement,
+    image_agreement,
+    map_agreement,
+    mean_fill,
+    mean_iou,
+)
+from ldm_edu.evaluation.backbones import BACKBONES
 from ldm_edu.evaluation.distances import frechet_distance, inception_score, kernel_distance, precision_recall
 from ldm_edu.evaluation.extractors import Extractor, clip_score, extract, find_extractor
 from ldm_edu.evaluation.features import ToyFeatures
 from ldm_edu.evaluation.judge import READER_SIZE, PromptAccuracy, SceneReader, Share, prompt_accuracy
+from ldm_edu.evaluation.metrics import LPIPS
 from ldm_edu.evaluation.prompts import _fitting_scenes
 from ldm_edu.evaluation.reconstruction import Mean
 from ldm_edu.files import (
@@ -62,7 +75,10 @@ NEIGHBOURS = 3  # k of precision and recall
 PART = 50  # images in each of the ten parts of an inception score, or more; smaller sets have fewer parts
 VARIED, TIMES = 64, 4  # captions of which several images are drawn, and how many of each
 REAL, BACK, DRAWN, FITTING = "real halves", "reconstructed", "drawn", "fitting scenes"  # the sets, in `of`
+BICUBIC, FILL = "bicubic", "mean fill"  # sets without a model: what an image can be made of its condition alone
+SMALL = ("low_resolution", "degraded")  # keys of an image that is smaller than the drawn one, and fixes it
 BY_SET = "Fréchet excess of a set"  # one of several: two models are compared set by set
+WITHOUT_FLOOR = "... without the floor"  # a depth correlation
 CHOICE = "captions drawn exactly, to choose the scale"
 WORDS = ("number", "size", "colour", "shape", *RELATIONS)
 PROMPTS = ("every thing of the caption", "... and nothing else", "things", "relations", *WORDS)  # of `PromptAccuracy`
@@ -151,6 +167,27 @@ def model_keys(model: LatentDiffusion) -> tuple[str, ...]:
 def _is_judged(model: LatentDiffusion, dataset: str) -> bool:
     "Can the judge read the model's images, and compare them with the captions that they were drawn for?"
     return dataset == "toy" and "caption" in model_keys(model) and model.size == READER_SIZE
+
+
+def _is_stacked(model: LatentDiffusion) -> bool:
+    "Does the model see its condition, or a part of it, position by position?"
+    return model.conditioner is not None and model.conditioner.concat_channels > 0
+
+
+def _small_key(model: LatentDiffusion) -> str | None:
+    "The key of the small image that a super-resolution model enlarges; None for other models."
+    return next((key for key in SMALL if key in model_keys(model)), None) if _is_stacked(model) else None
+
+
+def _is_inpainting(model: LatentDiffusion) -> bool:
+    "Is the model given an image with a hole?"
+    return _is_stacked(model) and {"image", "mask"} <= set(model_keys(model))
+
+
+def _judged_maps(model: LatentDiffusion, dataset: str) -> tuple[str, ...]:
+    "The maps that the model reads, and that the judge can compare with what it reads in the model's images."
+    keys = model_keys(model) if dataset == "toy" and model.size == READER_SIZE else ()
+    return tuple(key for key in MAPS if key in keys)
 
 
 def default_splits(model: LatentDiffusion, dataset: str) -> tuple[str, ...]:
@@ -257,6 +294,59 @@ def reconstructed_set(
     "Images through the model's first stage: no image that the model draws can be better."
     parts = progress(images.split(check_count("chunk", chunk)), "reconstructing")
     return torch.cat([to_uint8(model.first_stage.reconstruct(from_bytes(x).to(model.device))).cpu() for x in parts])
+
+
+@dataclass(frozen=True)
+class Given:
+    "What the images of a set are drawn for, as far as it can be compared with images."
+
+    hole: Bool[Tensor, "n 1 h w"] | None = None  # where the image was missing
+    enlarged: UInt8[Tensor, "n 3 h w"] | None = None  # the small images, by bicubic interpolation
+    maps: Mapping[str, Any] = field(default_factory=dict)  # those of MAPS that the judge reads, all n of each
+
+    def pasted(self, images: UInt8[Tensor, "n 3 h w"], real: UInt8[Tensor, "n 3 h w"]) -> UInt8[Tensor, "n 3 h w"]:
+        "Images with what was known of the real ones in its place."
+        return images if self.hole is None else torch.where(self.hole, images, real)
+
+    def baselines(self, real: UInt8[Tensor, "n 3 h w"], chunk: int = 64) -> dict[str, UInt8[Tensor, "n 3 h w"]]:
+        "Sets of images that need no model, by name."
+        found = {} if self.enlarged is None else {BICUBIC: self.enlarged}
+        if self.hole is not None:
+            parts = zip(real.split(chunk), self.hole.split(chunk))
+            found[FILL] = torch.cat([to_uint8(mean_fill(from_bytes(x), hole)) for x, hole in parts])
+        return found
+
+
+def _given_part(model: LatentDiffusion, batch: Mapping[str, Any], maps: Sequence[str]) -> dict[str, Any]:
+    "What is kept of the conditions of a batch: the fields of `Given`, and maps by their keys."
+    found: dict[str, Any] = {key: batch[key] for key in maps}
+    if _is_inpainting(model):
+        found["hole"] = batch["mask"] >= 0.5  # as `InpaintingConditioner` reads it
+    if (key := _small_key(model)) is not None:
+        small = batch[key].float()
+        found["enlarged"] = to_uint8(upsample(small, model.size // small.shape[-1]))
+    return found
+
+
+def read_given(
+    model: LatentDiffusion,
+    split: Split,
+    rows: range,  # which samples
+    maps: Sequence[str] = (),  # keys of maps that the judge reads
+    chunk: int = 64,  # samples at once
+) -> Given:
+    "What a model is given for these samples; empty for a model that is given nothing that fixes an image."
+    if split.conditions is None or not (maps or _is_inpainting(model) or _small_key(model)):
+        return Given()
+    conditions, cut = split.conditions, progress(_parts(rows, check_count("chunk", chunk)), "reading conditions")
+    parts = [_given_part(model, _rows(conditions, part), maps) for part in cut]
+
+    def joined(name: str) -> Any:
+        values = [part[name] for part in parts]
+        return torch.cat(values) if isinstance(values[0], Tensor) else [each for value in values for each in value]
+
+    found = {name: joined(name) for name in parts[0]}
+    return Given(found.get("hole"), found.get("enlarged"), {key: found[key] for key in maps})
 
 
 class KeptSamples:
@@ -405,6 +495,40 @@ def _shares(accuracy: PromptAccuracy, of: Mapping[str, Any]) -> list[Measurement
     return [Measurement.share(name, share.right, share.n, of=of) for name, share in named if share.n]
 
 
+def _scored_images(
+    images: UInt8[Tensor, "n 3 h w"],
+    real: UInt8[Tensor, "n 3 h w"],
+    hole: Bool[Tensor, "n 1 h w"] | None,
+    distance: LPIPS | None,
+    of: Mapping[str, Any],
+    chunk: int = 64,  # images at once
+) -> list[Measurement]:
+    "How well images agree with the real ones that their conditions were made of, in a hole or everywhere."
+    holes = [None] * len(images) if hole is None else hole.split(chunk)
+    trios, where = zip(images.split(chunk), real.split(chunk), holes), {} if hole is None else {"pixels": "hole"}
+    parts = [image_agreement(from_bytes(x), from_bytes(y), distance, part, chunk) for x, y, part in trios]
+    numbers = []
+    for name in parts[0]:
+        mean, unit = Mean.of(torch.cat([part[name] for part in parts]).double()), "dB" if name == "PSNR" else ""
+        numbers.append(Measurement.mean(name, mean.value, mean.error, len(images), of={**of, **where}, unit=unit))
+    return numbers
+
+
+def _scored_maps(found: MapAgreement, of: Mapping[str, Any]) -> list[Measurement]:
+    "What the judge read of maps; a mean IoU of one set has no interval."
+    numbers = []
+    if found.intersection is not None and found.union is not None:
+        n = len(found.union)
+        numbers.append(Measurement("segmentation, mean IoU", mean_iou(found.intersection, found.union), of, n=n))
+    if found.depth is not None:
+        numbers.append(_mean("depth correlation", Mean.of(found.depth.double()), len(found.depth), of))
+    if found.without_floor is not None:
+        numbers.append(_mean(WITHOUT_FLOOR, Mean.of(found.without_floor.double()), len(found.without_floor), of))
+    if hits := [hit for each in found.boxes or [] for hit in each]:
+        numbers.append(Measurement.share("boxes hit", sum(hits), len(hits), of=of))
+    return numbers
+
+
 def try_scales(
     model: LatentDiffusion, split: Split, drawing: Drawing, reader: SceneReader, kept: KeptSamples | None
 ) -> tuple[float, list[Measurement]]:
@@ -449,6 +573,33 @@ class Judges:
     extractor: Extractor
     reader: SceneReader | None  # of toy scenes with captions
     clip: str | Path | None  # folder of a CLIP model
+    maps: SceneReader | None = None  # of toy scenes with maps
+    keys: tuple[str, ...] = ()  # of these maps
+    distance: LPIPS | None = None  # of an image that is fixed by its condition from the real one
+    about: str = ""  # the sentence about this distance
+
+
+def _loss_network(model: LatentDiffusion) -> Any:
+    "The perceptual distance in the loss of the model's first stage, as the recipe names it; None: it names none."
+    found: Any = model.provenance
+    for name in ("recipe", "first_stage", "perceptual"):
+        found = found.get(name) if isinstance(found, Mapping) else None
+    return found
+
+
+def _pick_distance(model: LatentDiffusion, weights_dir: str | Path | None) -> tuple[LPIPS | None, str]:
+    "LPIPS through a network that the first stage's loss does not use, or None; and a sentence about it."
+    net = "vgg" if _loss_network(model) == "lpips-alex" else "alex"
+    least, name = BACKBONES[net].smallest, f"LPIPS ({NETWORKS[net]})"
+    if model.size < least:
+        return None, f"{name} is left out: it needs images of at least {least} pixels along each side."
+    try:
+        found = LPIPS(net, weights_dir, download=False).to(model.device)
+    except CheckpointError:  # its file is there, but damaged
+        raise
+    except LDMError:
+        return None, f"{name} is left out: its weights, or the package lpips, are not at hand."
+    return found, f"No loss in the model's recipe uses the network of {name}."
 
 
 def _judges(model: LatentDiffusion, options: Evaluation, dataset: str, is_judged: bool) -> Judges:
@@ -460,8 +611,23 @@ def _judges(model: LatentDiffusion, options: Evaluation, dataset: str, is_judged
         if "caption" not in model_keys(model):
             raise LDMError("clip: a CLIP score compares images with captions, but the model reads none")
         clip_score(blank, ["nothing", "grey"], options.clip, model.device)
-    reader = SceneReader.from_pretrained("scene-reader").to(model.device) if is_judged else None
-    return Judges(extractor, reader, options.clip)
+    keys, is_fixed = _judged_maps(model, dataset), _is_inpainting(model) or _small_key(model) is not None
+    reader = SceneReader.from_pretrained("scene-reader").to(model.device) if is_judged or keys else None
+    distance, about = _pick_distance(model, options.weights_dir) if is_fixed else (None, "")
+    captions, maps = reader if is_judged else None, reader if keys else None
+    return Judges(extractor, captions, options.clip, maps, keys, distance, about)
+
+
+def _score_given(
+    given: Given, name: str, images: Tensor, real: Tensor, judges: Judges, of: Mapping[str, Any]
+) -> list[Measurement]:
+    "How well a set of images agrees with what was given; real ones only where the judge reads them."
+    numbers: list[Measurement] = []
+    if name != REAL and (given.hole is not None or given.enlarged is not None):
+        numbers += _scored_images(images, real, given.hole, judges.distance, of)
+    if judges.maps and name not in (BICUBIC, FILL):
+        numbers += _scored_maps(map_agreement(judges.maps, from_bytes(images), given.maps), of)
+    return numbers
 
 
 def score_set(
@@ -471,8 +637,9 @@ def score_set(
     n, first = split.n, split.n * number
     rows, others_rows = range(first, first + n), range(first + n * split.sets, first + n * split.sets + n)
     drawn = draw_set(model, replace(drawing, seed=drawing.seed + first), rows, split.conditions, kept)
-    others = real_set(split.images, rows)
-    sets = {DRAWN: drawn, BACK: reconstructed_set(model, others, drawing.batch_size), REAL: others}
+    others, given = real_set(split.images, rows), read_given(model, split, rows, judges.keys)
+    back = reconstructed_set(model, others, drawing.batch_size)
+    sets = {DRAWN: given.pasted(drawn, others), BACK: given.pasted(back, others), REAL: others}
     reference = set_features(judges.extractor, real_set(split.images, others_rows))
     features = {name: set_features(judges.extractor, images) for name, images in sets.items()}
     floor = frechet_distance(reference.vectors, features[REAL].vectors)
@@ -487,6 +654,9 @@ def score_set(
             numbers.append(_mean("CLIP score", score, n, {**of, "features": f"CLIP {Path(judges.clip).name}"}))
         if judges.reader and name != REAL:
             numbers += _shares(prompt_accuracy(from_bytes(images), texts, judges.reader), of)
+        numbers += _score_given(given, name, images, others, judges, of)
+    for name, images in given.baselines(others).items():
+        numbers += _score_given(given, name, images, others, judges, {"set": name, "split": split.name})
     return numbers
 
 
@@ -496,8 +666,10 @@ def _over_sets(numbers: Sequence[Measurement]) -> Measurement:
     if first.unit == "%":
         right, n = sum(round(m.value * (m.n or 0) / 100) for m in numbers), sum(m.n or 0 for m in numbers)
         return Measurement.share(first.name, right, n, of=first.of)
-    of = {**first.of, "sets": len(numbers)}
-    return Measurement.repeated(first.name, [m.value for m in numbers], of=of, n=first.n)
+    of, values = {**first.of, "sets": len(numbers)}, [m.value for m in numbers]
+    if math.inf in values:  # the PSNR of a set with two equal images: it has no interval
+        return Measurement(first.name, math.inf, of, first.unit, n=first.n)
+    return Measurement.repeated(first.name, values, of=of, n=first.n, unit=first.unit)
 
 
 def score_split(
@@ -561,9 +733,32 @@ def _about_intervals(
     ]
 
 
-def _about(
-    model: LatentDiffusion, splits: Sequence[Split], dataset: str, n: int, varied: int, reader: SceneReader | None
-) -> str:
+def _about_given(model: LatentDiffusion, judges: Judges) -> list[str]:
+    "How images are compared with what they were drawn for; nothing for a model that is given nothing that fixes them."
+    lines, key = [], _small_key(model)
+    if _is_inpainting(model):
+        lines += [
+            "What is known of an image is pasted into the drawn one and into the reconstruction, as in use, so that",
+            "the ceiling is comparable: every number is of these images. PSNR, SSIM and LPIPS compare holes with the",
+            f"real image, pixels outside are not counted. '{FILL}': the hole has the mean colour of what is known.",
+        ]
+    elif key is not None:
+        lines.append("PSNR, SSIM and LPIPS compare each image with the real one that its condition was made of.")
+    if key is not None:
+        lines.append(f"'{BICUBIC}': {key} enlarged by bicubic interpolation.")
+    lines += [judges.about] if judges.about else []
+    if judges.keys:
+        lines.append(f"What the judge reads in images is compared with the given {' and '.join(judges.keys)}.")
+        lines.append("Of other real images, that is the judge's own score.")
+    if "segmentation" in judges.keys:
+        lines.append("For the mean IoU, the pixels of all images are counted first.")
+    if "depth" in judges.keys:
+        lines.append("A depth correlation of 0.96 says nothing: so alike is the floor in the depths of any two scenes.")
+        lines.append("Without the floor it is that of what both depths are nearer than an empty floor: 0.18 says nothing.")
+    return lines
+
+
+def _about(model: LatentDiffusion, splits: Sequence[Split], dataset: str, n: int, varied: int, judges: Judges) -> str:
     "How all was measured, line by line."
     what = "Image i is drawn with seed + i"
     if model_keys(model):
@@ -576,11 +771,13 @@ def _about(
         *_about_intervals(sets, varied),
         "Fréchet distance, precision, recall and inception score depend on the number of images: compare equal ones.",
         "The Fréchet excess is what the distance is above that of the other real images.",
+        *_about_given(model, judges),
     ]
     for split in splits:
         if split.n < n:
             told = f"Split '{split.name}' of '{dataset}' has {len(split.images)} images"
             lines.append(f"{told}, so each set has {split.n} in place of {n}.")
+    reader = judges.reader or judges.maps
     judge = {} if reader is None else (reader.provenance or {}).get("scores", {"itself": "not measured"})
     return "\n".join([*lines, *(f"{f'judge, {name}':28s} {value}" for name, value in judge.items())])
 
@@ -595,6 +792,7 @@ def evaluate(
     """Distances of drawn images from real ones, beside those of reconstructions and of other real images.
 
     For a model that draws captions of toy scenes, also how many are drawn correctly, word by word, and how diverse.
+    For one that is given a small image, a hole or a map, also how well its images agree with that.
     """
     options = options or Evaluation()
     drawing, n = options.drawing, check_count("n", options.n, LEAST)
@@ -622,7 +820,7 @@ def evaluate(
         numbers += score_split(model, split, drawing, judges, kept)
     if varied:
         numbers += score_diversity(model, splits[0], drawing, min(varied, splits[0].n), kept)
-    about = _about(model, splits, dataset, n, varied, judges.reader)
+    about = _about(model, splits, dataset, n, varied, judges)
     packages = ["torch-fidelity"] if judges.extractor.name.startswith("Inception") else []
     title = evaluation_title(model, options, name)
     return measured_here(title, numbers, about, drawing.seed, model.device, packages, command)
@@ -637,8 +835,15 @@ _DIGITS = {
     "precision": 3,
     "recall": 3,
     "inception score": 2,
+    "PSNR": 2,
+    "SSIM": 3,
+    **{f"LPIPS ({name})": 3 for name in NETWORKS.values()},
+    "segmentation, mean IoU": 3,
+    "depth correlation": 3,
+    WITHOUT_FLOOR: 3,
 }  # in print
 _HEADS = {DRAWN: "drawn", BACK: "reconstructed (the ceiling)", REAL: "other real images"}
+_BASELINES = {BICUBIC: "bicubic interpolation", FILL: "mean colour of what is known"}  # only where there is such a set
 
 
 def _told(number: Measurement) -> str:
@@ -664,16 +869,24 @@ def _how(of: Mapping[str, Any]) -> str:
     return f"{of['steps']} steps of {of['sampler']}{scale}"
 
 
+def _baselines(numbers: Measurements) -> dict[str, str]:
+    "The sets that need no model, and the heads of their columns; only those that were measured."
+    return {name: head for name, head in _BASELINES.items() if numbers.of(set=name)}
+
+
 def _block(split: str, numbers: Measurements) -> str:
     "The numbers of a split as a table: a row for each name, a column for each set."
     first = numbers.one("Fréchet distance", set=DRAWN)
     seen = first.of["features"]
     sets = f", {first.of['sets']} sets of each kind" if "sets" in first.of else ""
     head = f"{split}, {first.n} images of each set{sets}; drawn by {_how(first.of)}; features: {seen}, images {first.of['resize']}"
-    lines = [f"{'':30s} {_HEADS[DRAWN]:36s} {_HEADS[BACK]:36s} {_HEADS[REAL]}"]
-    for name, row in _rows_of(numbers).items():
-        label = f"{name} of {seen}" if name == "inception score" else name
-        lines.append(f"{label:30s} {row.get(DRAWN, ''):36s} {row.get(BACK, ''):36s} {row.get(REAL, '')}".rstrip())
+    holes = {m.name for m in numbers.of(pixels="hole")}
+    heads = {**_HEADS, **_baselines(numbers)}
+    rows = {"": heads, **_rows_of(numbers)}
+    lines = []
+    for name, row in rows.items():
+        label = f"{name} of {seen}" if name == "inception score" else f"{name} of the hole" if name in holes else name
+        lines.append(" ".join([f"{label:30s}", *(f"{row.get(key, ''):36s}" for key in heads)]).rstrip())
     return "\n".join([head, *lines])
 
 
@@ -711,6 +924,7 @@ def scores(measured: Measurements) -> dict[str, Any]:
         told = ("steps", "sampler", "scale", "features", "resize", "sets")
         found |= {name: first[name] for name in told if name in first}
         rows, heads = _rows_of(numbers), {"drawn": DRAWN, "ceiling": BACK, "real halves": REAL}
+        heads |= {name: name for name in _baselines(numbers)}
         found[split] = {head: {k: row[key] for k, row in rows.items() if key in row} for head, key in heads.items()}
     if diversity:
         drawn, true = diversity.one("diversity", set=DRAWN), diversity.one("diversity", set=FITTING)

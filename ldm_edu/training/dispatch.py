@@ -1,17 +1,20 @@
 """Train whatever a recipe is for."""
 
 import re
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
-from ldm_edu.checks import shown
+from ldm_edu.checks import check_count, shown
 from ldm_edu.errors import LDMError
-from ldm_edu.files import brief
+from ldm_edu.files import brief, parse_json
 from ldm_edu.first_stage.autoencoder import FirstStage
 from ldm_edu.first_stage.quantization import load_first_stage
+from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.training.data import check_fit
 from ldm_edu.training.judge import FeaturesStage, FeaturesTask, ReaderStage
 from ldm_edu.training.recipes import AnyRecipe, AutoencoderRecipe, FeaturesRecipe, ReaderRecipe, Recipe
@@ -22,7 +25,7 @@ from ldm_edu.training.stages import DiffusionStage, FirstStageStage
 from ldm_edu.training.tasks import build_conditioner, build_first_stage, perceptual_distance
 from ldm_edu.training.text import TextStage, check_reader
 
-__all__ = ["train"]
+__all__ = ["train", "train_briefly"]
 
 STAGES: dict[type, tuple[Any, ...]] = {  # what is trained for each kind of recipe, one after the other
     Recipe: (FirstStageStage, TextStage, DiffusionStage),
@@ -60,6 +63,24 @@ def train(
         raise LDMError(f"another process of this run has ended ({brief(error)}): {AGAIN}") from error
     finally:
         run.close()
+
+
+def train_briefly(
+    recipe: Recipe,
+    steps: int,  # at most so many in each stage
+    images: int,  # at most so many training images of the diffusion stage
+    options: RunOptions = RunOptions(),  # `every` is a twelfth of the steps, whatever stands there
+) -> tuple[LatentDiffusion, list[dict[str, Any]]]:
+    "A recipe within a small budget, in a temporary folder: the model, on the CPU, and the log of its diffusion stage."
+    steps, images = check_count("steps", steps), check_count("images", images)
+    training = recipe.diffusion.training
+    fewer = replace(training, images=min(images, training.images or images), warmup=min(training.warmup, 30))
+    short = replace(recipe, diffusion=replace(recipe.diffusion, training=fewer)).shortened(steps)
+    with tempfile.TemporaryDirectory() as folder:
+        run = Path(folder) / "run"
+        model = train(short, run, replace(options, every=max(1, steps // 12), sample_every=0))
+        lines = [parse_json(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    return cast(LatentDiffusion, model.to("cpu")), [line for line in lines if line["stage"] == "diffusion"]
 
 
 # What torch says where a process has lost another one, and what can be done then.

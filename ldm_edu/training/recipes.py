@@ -471,6 +471,77 @@ TOY_FACES = _toy_model(
     multipliers=(1, 2),  # 2.8M parameters: nothing says what to draw, so the UNet has to know all of it
 )
 
+# %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #5e63a002
+TOY_FACES_F4 = replace(
+    TOY_FACES_ALL,
+    name="toy-faces-f4",
+    about="a first stage of f = 4 for drawn faces: every term of eq. 25",
+    first_stage=replace(
+        TOY_FACES_ALL.first_stage,
+        training=Training(steps=12_000, batch_size=8, lr=2e-3, ema=0.998, images=20_000, held_out=64),
+        adversarial=replace(_AGAINST, start=8000),  # for two thirds of the steps the other terms alone
+        multipliers=(1, 2, 4),
+        latent_channels=3,  # as in table 8 for f = 4
+    ),
+)
+
+# %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #5e63a003
+_F4 = {"first_stage": TOY_FACES_F4, "dataset": "toy-faces", "attention_factors": (2,)}  # none on 16 × 16: half the time
+TOY_SUPER_RESOLUTION = _toy_model(
+    "toy-super-resolution",
+    "drawn faces of 16² to 64²",
+    (ConditionerRecipe("MapConditioner", {"key": "low_resolution"}),),
+    training=Training(steps=10_000, batch_size=32, lr=1e-3, warmup=300, images=20_000),
+    blocks=2,  # 1.6M parameters; nearly all that is asked for is near by, so no third level
+    **_F4,
+)
+TOY_BLIND = replace(
+    TOY_SUPER_RESOLUTION,
+    name="toy-blind-super-resolution",
+    about="the same for pictures that are also blurred, noisy and saved as JPEG (app. D.6.1)",
+    diffusion=replace(
+        TOY_SUPER_RESOLUTION.diffusion, conditioners=(ConditionerRecipe("MapConditioner", {"key": "degraded"}),)
+    ),
+)
+TOY_INPAINTING = _toy_model(
+    "toy-inpainting",
+    "drawn faces with a hole to whole faces",
+    (ConditionerRecipe("InpaintingConditioner", {"rule": "any"}),),  # a thin scratch is a hole, too
+    training=Training(steps=10_000, batch_size=32, lr=1e-3, warmup=300, images=50_000),
+    multipliers=(1, 2),  # 2.8M parameters: what is missing may be half of a face
+    **_F4,
+)
+
+# %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #5e63a005
+TOY_MAPS = _toy_model(
+    "toy-maps",
+    "a segmentation, a depth map and a caption, each of which may be left out, to images of 64²",
+    (
+        ConditionerRecipe("MapConditioner", {"key": "segmentation", "classes": 4, "factor": 8, "has_null": True}),
+        *TOY_DEPTH_TEXT.diffusion.conditioners,
+    ),
+    training=Training(steps=12_000, batch_size=64, lr=1e-3, warmup=300, images=50_000),
+    drop=0.0,
+    drop_apart=0.4,
+)
+
+# %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #5e63a007
+def _celeba_f4(name: str, about: str, like: Recipe, steps: int) -> Recipe:
+    "The diffusion recipe of a toy model for photographs of faces, with a first stage of f = 4 of its own."
+    first = replace(TOY_KL_F4.first_stage, perceptual="lpips-alex", perceptual_weight=1.0)  # 1 as in the released code
+    first = replace(first, training=Training(steps=6000, batch_size=8, lr=2e-3, ema=0.998, held_out=64))
+    training = replace(like.diffusion.training, steps=steps, images=None)
+    diffusion = replace(like.diffusion, training=training, multipliers=(1, 2), blocks=1)
+    return Recipe(name, about, "celeba", 64, first, diffusion)
+
+
+CELEBA64_SUPER_RESOLUTION = _celeba_f4(
+    "celeba64-super-resolution", "faces of 16² to 64², from your own copy of CelebA", TOY_SUPER_RESOLUTION, 10_000
+)
+CELEBA64_INPAINTING = _celeba_f4(
+    "celeba64-inpainting", "faces with a hole to whole faces, from your own copy of CelebA", TOY_INPAINTING, 7000
+)
+
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #c5aa636d
 @dataclass(frozen=True)
 class ReaderRecipe(Trained):
@@ -531,11 +602,12 @@ TOY_FEATURES = FeaturesRecipe(
 _MODELS = (TOY_TEXT2IMAGE, CELEBA64, COCO64, TOY_DEMO)
 _CONDITIONS = (TOY_CLASS, TOY_ATTRIBUTES, TOY_LAYOUT, TOY_DEPTH_TEXT)
 _FACES = (TOY_FACES,)
+_TASKS = (TOY_SUPER_RESOLUTION, TOY_BLIND, TOY_INPAINTING, TOY_MAPS, CELEBA64_SUPER_RESOLUTION, CELEBA64_INPAINTING)
 _TWINS = (TOY_FACES_L1, TOY_FACES_L2, TOY_FACES_FEATURES, TOY_FACES_ALL)
-_FIRST_STAGES = (TOY_KL_F4, TOY_VQ_F4, *_TWINS)
+_FIRST_STAGES = (TOY_KL_F4, TOY_VQ_F4, *_TWINS, TOY_FACES_F4)
 _JUDGES = (SCENE_READER, TOY_FEATURES)
 
-RECIPES = {recipe.name: recipe for recipe in (*_MODELS, *_CONDITIONS, *_FACES, *_FIRST_STAGES, *_JUDGES)}
+RECIPES = {recipe.name: recipe for recipe in (*_MODELS, *_CONDITIONS, *_FACES, *_TASKS, *_FIRST_STAGES, *_JUDGES)}
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #e9a2a613
 AnyRecipe = Recipe | AutoencoderRecipe | ReaderRecipe | FeaturesRecipe

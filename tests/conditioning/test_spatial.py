@@ -10,23 +10,29 @@ from torch.nn import functional as F
 from ldm_edu import (
     AttributesConditioner,
     AutoencoderKL,
+    CheckpointError,
     ClassConditioner,
     Condition,
     Conditioner,
     DataError,
     IdentityFirstStage,
     InpaintingConditioner,
+    LatentDiffusion,
     LDMError,
     MapConditioner,
     MergedConditioner,
+    NoiseSchedule,
+    UNet,
     cached,
     drop,
     load_first_stage,
     open_dataset,
 )
+from ldm_edu.checkpoints import weights_checksum
 from ldm_edu.conditioning.guidance import drop_apart
 from ldm_edu.conditioning.spatial import shrink
 from ldm_edu.data.registry import known_keys
+from ldm_edu.files import load_json, save_json
 
 
 def numbers(*shape: int, seed: int = 0) -> Tensor:
@@ -326,6 +332,71 @@ def test_the_first_stage_is_frozen_and_saved_with_it(tmp_path):
     assert type(again.first_stage) is type(load_first_stage("toy-vq-f4"))
     assert_same(again(hole()), part(hole()))
     assert not any(p.requires_grad for p in again.parameters())
+
+
+def test_a_thin_scratch_is_a_hole_where_any_pixel_counts():
+    scratch = {"image": numbers(1, 3, 16, 16), "mask": torch.zeros(1, 1, 16, 16)}
+    scratch["mask"][..., 6] = 1
+    nearest, every = InpaintingConditioner(stage()), InpaintingConditioner(stage(), rule="any")
+    assert (nearest(scratch).concat[:, -1] == -1).all()
+    assert torch.equal(every(scratch).concat[0, -1] == 1, torch.tensor([False, True, False, False]).expand(4, 4))
+    with pytest.raises(LDMError, match="rule='both' is not known; it can be 'nearest', 'any'"):
+        InpaintingConditioner(stage(), rule="both")
+
+
+def named(name: str) -> tuple[InpaintingConditioner, dict[str, str]]:
+    """A conditioner with the first stage of a shipped checkpoint, and how that is named."""
+    found = load_first_stage(name)
+    return InpaintingConditioner(found, rule="any"), {"name": name, "checksum": weights_checksum(found)}
+
+
+def test_a_shared_first_stage_is_named_and_not_saved(tmp_path):
+    part, shared = named("toy-kl-f4")
+    batch = {"image": numbers(2, 3, 32, 32), "mask": torch.zeros(2, 1, 32, 32)}
+    batch["mask"][..., :9] = 1
+    before = part(batch)
+    part.share_first_stage(shared)
+    assert part.state_dict() == {} and part.config == {"first_stage": shared, "rule": "any"}
+    part.save_pretrained(tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) < 1000
+    again = Conditioner.from_pretrained(tmp_path)
+    assert_same(again(batch), before)
+    again.share_first_stage(None)
+    again.save_pretrained(tmp_path / "whole")
+    assert (tmp_path / "whole" / "model.safetensors").stat().st_size > 1e6
+    assert_same(Conditioner.from_pretrained(tmp_path / "whole")(batch), before)
+
+
+def test_another_first_stage_is_not_taken_for_the_named_one(tmp_path):
+    part, shared = named("toy-kl-f4")
+    part.share_first_stage({**shared, "checksum": "0" * 16})
+    assert part.shared is None and part.state_dict()
+    part.share_first_stage(shared)
+    part.save_pretrained(tmp_path)
+    config = load_json(tmp_path / "config.json")
+    save_json({**config, "first_stage": {**shared, "checksum": "0" * 16}}, tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="the first stage of 'toy-kl-f4' is not the one"):
+        Conditioner.from_pretrained(tmp_path)
+    save_json({**config, "first_stage": {"name": "toy-kl-f4"}}, tmp_path / "config.json")
+    with pytest.raises(CheckpointError, match="'name' and 'checksum'"):
+        Conditioner.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_model_that_names_its_first_stage_names_it_in_the_conditioner(tmp_path, merged):
+    part, shared = named("toy-kl-f4")
+    conditioner = MergedConditioner([part, MapConditioner("low_resolution")]) if merged else part
+    unet = UNet(3, 3, 32, (1,), 1, (), concat_channels=conditioner.concat_channels)
+    schedule = NoiseSchedule(kind="cosine", prediction="v")
+    model = LatentDiffusion(load_first_stage("toy-kl-f4"), unet, schedule, conditioner, 32).eval()
+    batch = {"image": numbers(1, 3, 32, 32), "mask": torch.ones(1, 1, 32, 32), "low_resolution": numbers(1, 3, 8, 8)}
+    batch = {key: batch[key] for key in conditioner.keys}
+    drawn = model.sample(batch, steps=2)
+    for first_stage in ("toy-kl-f4", None):
+        model.save_pretrained(tmp_path / str(first_stage), first_stage=first_stage)
+        size = (tmp_path / str(first_stage) / "conditioner" / "model.safetensors").stat().st_size
+        assert (size < 1000) == (first_stage is not None)
+        assert torch.equal(LatentDiffusion.from_pretrained(tmp_path / str(first_stage)).sample(batch, steps=2), drawn)
 
 
 IMAGE, MASK = hole()["image"], hole()["mask"]

@@ -646,7 +646,7 @@ def test_every_data_set_takes_keys_and_says_so(celeba, coco):
             assert dataset[0].keys() == {key} and dataset.identity()["keys"] == [key] == list(dataset.keys)
         with pytest.raises(DataError, match="keys.*not words"):
             open_dataset(name, root, "train", 8, keys=["words"])
-    derived = ("low_resolution", "mask")  # any data set has these, made of its images
+    derived = ("low_resolution", "degraded", "mask")  # any data set has these, made of its images
     assert known_keys("coco") == (*COCO.known_keys, *derived) and known_keys("folder") == ("image", "class", *derived)
     with pytest.raises(DataError, match="'imagenet'.*toy, toy-faces, celeba, coco, folder"):
         known_keys("imagenet")
