@@ -754,7 +754,7 @@ def _about_given(model: LatentDiffusion, judges: Judges) -> list[str]:
         lines.append("For the mean IoU, the pixels of all images are counted first.")
     if "depth" in judges.keys:
         lines.append("A depth correlation of 0.96 says nothing: so alike is the floor in the depths of any two scenes.")
-        lines.append("Without the floor it is that of what both depths are nearer than an empty floor: 0.18 says nothing.")
+        lines.append("Without the floor it is that of how much nearer than an empty floor both are: 0.2 says nothing.")
     return lines
 
 
