@@ -398,8 +398,6 @@ def inpaint(
 ) -> None:
     """Fill a part of a picture anew and save the result, or a grid of several, as one PNG; the rest stays as it is.
 
-    No model for it ships yet: train one with `ldm-edu train toy-inpainting`, and name its folder, --model FOLDER.
-
     The shipped models know only the drawn faces and scenes of the course; photographs need your own, --model FOLDER.
     """
     sides, others = _readable_size(file, out), _readable_size(mask, out)

@@ -30,7 +30,14 @@ from ldm_edu.training.loop import learning_rate
 from ldm_edu.training.recipes import AutoencoderRecipe, Recipe, Training, recipe_from_dict
 from ldm_edu.training.run import RunOptions, extended_plans, kept_extensions, kept_recipe, stage_plans
 from ldm_edu.training.state import check_fit
-from ldm_edu.training.tasks import DiffusionTask, FirstStageTask, build_conditioner, perceptual_distance
+from ldm_edu.training.tasks import (
+    DiffusionTask,
+    FirstStageTask,
+    begin_with,
+    build_conditioner,
+    perceptual_distance,
+    pretrained_unet,
+)
 from ldm_edu.training.text import RiddleTask, check_reader
 
 __all__ = ["Finding", "examine"]
@@ -443,7 +450,10 @@ def _new_diffusion(subject: _Subject, recipe: Recipe, text: Mapping[str, Tensor]
     "UNet and conditioner as they are before the first step; the conditioner may have had a warm start."
     if recipe.text is None:
         with _seeded(recipe.seed + 1):
-            return DiffusionTask(recipe, build_conditioner(recipe.diffusion, subject.column))
+            task = DiffusionTask(recipe, build_conditioner(recipe.diffusion, subject.column))
+        if (saved := pretrained_unet(recipe)) is not None:
+            begin_with(task.unet, saved)
+        return task
     warm = _new_text(recipe)
     if text is not None:
         warm.load_state_dict(text)

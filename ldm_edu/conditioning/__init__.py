@@ -2,6 +2,7 @@
 
 from ldm_edu.conditioning.condition import Condition, Conditioner, MergedConditioner
 from ldm_edu.conditioning.guidance import Guidance, drop
+from ldm_edu.conditioning.image_guiding import ImageGuiding
 from ldm_edu.conditioning.spatial import InpaintingConditioner, MapConditioner
 from ldm_edu.conditioning.text import TextConditioner, TextTransformer, WordTokenizer, frequent_words
 from ldm_edu.conditioning.tokens import AttributesConditioner, ClassConditioner, CLIPConditioner, LayoutConditioner
@@ -13,6 +14,7 @@ __all__ = [
     "Condition",
     "Conditioner",
     "Guidance",
+    "ImageGuiding",
     "InpaintingConditioner",
     "LayoutConditioner",
     "MapConditioner",

@@ -1,5 +1,6 @@
 """Forward diffusion and sampling (§ 3.2, app. B)."""
 
+from ldm_edu.diffusion.inpainting import repaint
 from ldm_edu.diffusion.levels import NoiseLevels
 from ldm_edu.diffusion.mixture import GaussianMixture
 from ldm_edu.diffusion.sampling import (
@@ -30,5 +31,6 @@ __all__ = [
     "heun",
     "last",
     "posterior",
+    "repaint",
     "timesteps",
 ]

@@ -22,7 +22,7 @@ from ldm_edu.training.recipes import recipe_from_dict, recipe_to_dict
 from ldm_edu.training.resume import run_stage
 from ldm_edu.training.run import Run, RunOptions, open_run, settings_of_the_run
 from ldm_edu.training.stages import DiffusionStage, FirstStageStage
-from ldm_edu.training.tasks import build_conditioner, build_first_stage, perceptual_distance
+from ldm_edu.training.tasks import build_conditioner, build_first_stage, perceptual_distance, pretrained_unet
 from ldm_edu.training.text import TextStage, check_reader
 
 __all__ = ["train", "train_briefly"]
@@ -90,6 +90,8 @@ AGAIN = "start all of them again, with --resume (in Python resume=True), and the
 
 def check_parts(recipe: AnyRecipe, options: RunOptions) -> None:
     "`LDMError` where a network that a training begins with cannot be had: that is known before data are prepared."
+    if isinstance(recipe, Recipe) and not options.goes_on:  # a run that goes on has its weights
+        pretrained_unet(recipe)
     if isinstance(recipe, Recipe) and recipe.pretrained is not None:
         saved_first_stage(recipe)
     elif isinstance(recipe, Recipe | AutoencoderRecipe):

@@ -215,6 +215,7 @@ class DiffusionRecipe(Trained):
     beta_end: float = 0.0195  # in the same ones; others end at 0.0155 or 0.0205 (21_diffusion)
     prediction: str = "epsilon"  # what the network predicts: one of PREDICTIONS (22_prediction)
     zero_terminal_snr: bool = False  # leave no signal at the last level? Not with "epsilon" (22_prediction)
+    pretrained: str | None = None  # a saved model with whose UNet the training begins; None: random weights
 
     def __post_init__(self):
         _check_diffusion(self)
@@ -507,9 +508,11 @@ TOY_INPAINTING = _toy_model(
     "toy-inpainting",
     "drawn faces with a hole to whole faces",
     (ConditionerRecipe("InpaintingConditioner", {"rule": "any"}),),  # a thin scratch is a hole, too
-    training=Training(steps=10_000, batch_size=32, lr=1e-3, warmup=300, images=50_000),
-    multipliers=(1, 2),  # 2.8M parameters: what is missing may be half of a face
-    **_F4,
+    TOY_FACES_ALL,  # f = 8, as in toy-faces
+    dataset="toy-faces",
+    training=Training(steps=2000, batch_size=64, lr=5e-4, warmup=100, images=20_000),
+    multipliers=(1, 2),
+    pretrained="toy-faces",  # it draws faces already, and has to learn only to heed the five new channels
 )
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #5e63a005
@@ -530,8 +533,9 @@ def _celeba_f4(name: str, about: str, like: Recipe, steps: int) -> Recipe:
     "The diffusion recipe of a toy model for photographs of faces, with a first stage of f = 4 of its own."
     first = replace(TOY_KL_F4.first_stage, perceptual="lpips-alex", perceptual_weight=1.0)  # 1 as in the released code
     first = replace(first, training=Training(steps=6000, batch_size=8, lr=2e-3, ema=0.998, held_out=64))
-    training = replace(like.diffusion.training, steps=steps, images=None)
-    diffusion = replace(like.diffusion, training=training, multipliers=(1, 2), blocks=1)
+    training = Training(steps=steps, batch_size=32, lr=1e-3, warmup=300)
+    form = {"multipliers": (1, 2), "blocks": 1, "attention_factors": (2,)}
+    diffusion = replace(like.diffusion, training=training, pretrained=None, **form)
     return Recipe(name, about, "celeba", 64, first, diffusion)
 
 

@@ -27,7 +27,15 @@ from ldm_edu.training.latents import cached_latents
 from ldm_edu.training.loop import Stage, batch_indices, repetitions, step_randomness, to_device
 from ldm_edu.training.recipes import Recipe, Training
 from ldm_edu.training.run import Run
-from ldm_edu.training.tasks import DiffusionTask, FirstStageTask, build_conditioner, perceptual_distance
+from ldm_edu.training.state import state_file
+from ldm_edu.training.tasks import (
+    DiffusionTask,
+    FirstStageTask,
+    begin_with,
+    build_conditioner,
+    perceptual_distance,
+    pretrained_unet,
+)
 
 __all__ = ["DiffusionStage", "FirstStageStage"]
 
@@ -142,7 +150,10 @@ class DiffusionStage(ImageStage):
             conditioner = build_conditioner(
                 recipe.diffusion, lambda key: column_of(dataset, key), lambda: self.first_stage
             )
-        super().__init__("diffusion", DiffusionTask(recipe, conditioner), run, recipe, recipe.diffusion.training, 1)
+        task = DiffusionTask(recipe, conditioner)
+        if not state_file(run, "diffusion").exists() and (saved := pretrained_unet(recipe)) is not None:
+            begin_with(task.unet, saved)
+        super().__init__("diffusion", task, run, recipe, recipe.diffusion.training, 1)
         self.keys = () if conditioner is None else conditioner.keys
         self.notes["first_stage"] = weights_checksum(self.first_stage)
         self.latents = {

@@ -1,9 +1,10 @@
 """All that changes while a stage is trained, and how it is kept in one file."""
 
 import math
+import operator
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ldm_edu.errors import CheckpointError, LDMError
-from ldm_edu.files import atomic, brief, load_notes, load_tensors, save_tensors, writing
+from ldm_edu.files import atomic, brief, load_notes, load_tensors, parse_json, save_tensors, writing
 from ldm_edu.training.loop import EMA, Stage
+from ldm_edu.training.recipes import recipe_from_dict
 from ldm_edu.training.run import Run
 
 __all__ = ["State"]
@@ -170,6 +172,17 @@ def save_state(run: Run, stage: Stage, state: State, best: bool = False) -> None
         shutil.copyfile(kept, temporary)
 
 
+def _is_same_recipe(before: str | None, now: str | None) -> bool:
+    "Are these the same recipe as JSON? A field that did not exist has its default."
+    if before is None or now is None or before == now:
+        return before == now
+    try:
+        a, b = (replace(recipe_from_dict(parse_json(text)), about="") for text in (before, now))
+    except (LDMError, ValueError):
+        return False
+    return a == b
+
+
 def load_state(run: Run, stage: Stage, state: State) -> None:
     "Restore the newest state of a stage, if there is one; `CheckpointError` says what to do where it is no good."
     path, best = state_file(run, stage.name), state_file(run, stage.name, best=True)
@@ -184,7 +197,8 @@ def load_state(run: Run, stage: Stage, state: State) -> None:
     wanted = {**run.notes, **stage.notes}
     kinds = {"recipe": "another recipe", "images": "other images", "first_stage": "another first stage"}
     for name, what in kinds.items():
-        if notes.get(name) != wanted.get(name):
+        same = _is_same_recipe if name == "recipe" else operator.eq
+        if not same(notes.get(name), wanted.get(name)):
             raise CheckpointError(f"{path} was made with {what}: put those back, or {anew}")
     try:
         state.check(tensors, stage.training.steps)

@@ -10,18 +10,19 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from ldm_edu.checkpoints import find_class
+from ldm_edu.checkpoints import find_class, weights_checksum
 from ldm_edu.conditioning.condition import Conditioner, MergedConditioner
 from ldm_edu.conditioning.guidance import drop, drop_apart
 from ldm_edu.denoiser.unet import UNet
-from ldm_edu.diffusion.schedule import diffusion_loss
+from ldm_edu.diffusion.schedule import NoiseSchedule, diffusion_loss
 from ldm_edu.errors import LDMError
 from ldm_edu.evaluation.features import ToyFeatures
 from ldm_edu.evaluation.metrics import LPIPS
 from ldm_edu.first_stage.adversarial import Adversary, PatchDiscriminator
 from ldm_edu.first_stage.autoencoder import AutoencoderKL, FirstStage
 from ldm_edu.first_stage.losses import FirstStageLoss
-from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage
+from ldm_edu.first_stage.quantization import AutoencoderVQ, IdentityFirstStage, load_first_stage
+from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.training.recipes import ConditionerRecipe, DiffusionRecipe, FirstStageRecipe, Recipe
 
 __all__ = ["DiffusionTask", "FirstStageTask"]
@@ -167,6 +168,64 @@ def build_conditioner(
     if len(parts) < 2:
         return parts[0] if parts else None
     return MergedConditioner(parts)
+
+
+def _check_saved(recipe: Recipe, found: LatentDiffusion) -> None:
+    "LDMError where a saved model is not one with whose UNet the training of a recipe can begin."
+    what, name = recipe.diffusion, recipe.diffusion.pretrained
+    if found.conditioner is not None:
+        told = f"'{name}' reads {', '.join(found.conditioner.keys)}"
+        raise LDMError(f"diffusion.pretrained: {told}, but a training begins with the UNet of an unconditional model")
+    own = recipe.pretrained is not None and weights_checksum(load_first_stage(recipe.pretrained))
+    if own != weights_checksum(found.first_stage):
+        told = f"the UNet of '{name}' knows the latents of its own first stage"
+        raise LDMError(f"diffusion.pretrained: {told}, so pretrained should name that one, not {recipe.pretrained}")
+    for field in UNET:
+        there, here = found.unet.config.get(field), getattr(what, field)
+        same = set(there) == set(here) if field == "attention_factors" and there else there == here
+        if field != "dropout" and not same:  # it has no weights
+            raise LDMError(f"diffusion.pretrained: '{name}' has {field}={there}, but the recipe says {here}")
+    ours = what.noise_schedule()
+    for field, here in ours.config.items():
+        if (there := found.schedule.config[field]) != here and not (field != "prediction" and same_levels(found, ours)):
+            field = {"kind": "schedule"}.get(field, field)
+            raise LDMError(f"diffusion.pretrained: '{name}' has {field}={there}, but the recipe says {here}")
+
+
+def same_levels(model: LatentDiffusion, schedule: NoiseSchedule) -> bool:
+    "Has a model the noise levels of a schedule?"
+    return model.schedule.T == schedule.T and torch.equal(model.schedule.alpha, schedule.alpha)
+
+
+def pretrained_unet(recipe: Recipe) -> UNet | None:
+    "The saved UNet with which a recipe's training begins; `LDMError` where it is not what the recipe describes."
+    if recipe.diffusion.pretrained is None:
+        return None
+    try:
+        found = LatentDiffusion.from_pretrained(recipe.diffusion.pretrained)
+    except LDMError as error:
+        raise type(error)(f"diffusion.pretrained: {error}") from error
+    _check_saved(recipe, found)
+    return found.unet
+
+
+@torch.no_grad()
+def begin_with(unet: UNet, saved: UNet) -> None:
+    """Copy the weights of a saved UNet; input channels that it lacks begin at zero, so at first they change nothing.
+
+    LDMError where anything else differs, such as cross-attention.
+    """
+    old, new = saved.state_dict(), unet.state_dict()
+    if other := [*(name for name in new if name not in old), *(name for name in old if name not in new)]:
+        whose = "this one has" if other[0] in new else "the saved one has"
+        told = f"only {whose} '{other[0]}': conditions can be added that are stacked on the latent, and no others"
+        raise LDMError(f"diffusion.pretrained: {told}")
+    for name, here in new.items():
+        there = old[name]
+        if here.ndim == 4 and here.shape[1] > there.shape[1]:
+            here.zero_()[:, : there.shape[1]].copy_(there)
+        else:
+            here.copy_(there)
 
 
 class DiffusionTask(nn.Module):

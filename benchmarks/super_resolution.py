@@ -1,0 +1,118 @@
+"""Super-resolution beside bicubic enlargement and plain regression: fidelity, look, steps, inputs.
+
+    python benchmarks/super_resolution.py super_resolution toy-super-resolution --regression runs/toy-regression
+    python benchmarks/super_resolution.py degraded toy-super-resolution --others-trained runs/toy-blind/model \\
+        --inputs degraded low_resolution --steps 50
+    python benchmarks/super_resolution.py celeba_super_resolution runs/celeba64-super-resolution/model \\
+        --regression runs/celeba64-regression --steps 1 4 10 50
+
+The images are held-out ones of the model's data set; the same noise is used for every number of steps. Writes
+ldm_edu/results/NAME.json, and for drawn images with a regression also NAME.png: its images of the first eight.
+LPIPS takes a network that is not in the loss of the first stage. Data and weights lie where settings.ini says.
+"""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import torch
+from regression import load_regression
+from restoration import CHUNK, RESULTS, Scores, backbones, bytes_of, gain, samples
+from torch import Tensor
+
+from ldm_edu import LatentDiffusion
+from ldm_edu.applications import upscale
+from ldm_edu.data.degradation import upsample
+from ldm_edu.display import grid, save
+from ldm_edu.evaluation.agreement import image_agreement
+from ldm_edu.evaluation.report import TOY, recipe_dataset
+from ldm_edu.first_stage.autoencoder import FirstStage
+from ldm_edu.measurements import Measurement, measured_here
+from ldm_edu.settings import load_settings
+
+FACTOR, SHOWN = 4, 8
+
+
+def drawn(model: LatentDiffusion, small: Tensor, steps: int) -> Tensor:
+    """The model's images for small ones."""
+    parts = [upscale(model, some, steps=steps, seed=CHUNK * i) for i, some in enumerate(small.split(CHUNK))]
+    return bytes_of(torch.cat(parts))
+
+
+@torch.no_grad()
+def regressed(folder: Path, small: Tensor) -> Tensor:
+    """The images of a network that was trained by plain regression."""
+    network = load_regression(folder)
+    return bytes_of(torch.cat([network(some) for some in small.split(CHUNK)]))
+
+
+@torch.no_grad()
+def reconstructed(stage: FirstStage, real: Tensor) -> Tensor:
+    """The images through the first stage."""
+    return bytes_of(torch.cat([stage.reconstruct(some) for some in real.split(CHUNK)]))
+
+
+def arguments() -> argparse.Namespace:
+    """What is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="of the results")
+    parser.add_argument("model", help="a shipped one, or a folder")
+    parser.add_argument("--others-trained", nargs="*", default=[], help="further models, to be compared")
+    parser.add_argument("--regression", type=Path, help="a folder that regression.py wrote")
+    parser.add_argument("--inputs", nargs="+", default=["low_resolution"], help="keys of the data set")
+    parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 10, 25, 50, 100], help="denoising steps")
+    parser.add_argument("--n", type=int, default=512, help="held-out images")
+    parser.add_argument("--sets", type=int, default=4, help="parts of them, for the interval of the excess")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, and write the results."""
+    given, settings = arguments(), load_settings()
+    torch.set_num_threads(1)
+    models = {name: LatentDiffusion.from_pretrained(name) for name in (given.model, *given.others_trained)}
+    model = models[given.model]
+    dataset, toy = recipe_dataset(model), recipe_dataset(model) in TOY
+    batch = samples(
+        dataset, settings.data_dir, ("test",) if toy else ("validation", "test"), given.n, ("image", *given.inputs)
+    )
+    real, n = batch["image"], len(batch["image"])
+    others = samples(dataset, settings.data_dir, ("test" if toy else "train",), 2 * n, ("image",))["image"][-n:]
+    scores = Scores.of(real, others, given.sets, *backbones(dataset), settings.weights_dir)
+    numbers: list[Measurement] = []
+    found: dict[str, Tensor] = {}
+
+    def look(images: Tensor, **of: Any) -> None:
+        new = list(scores.measured(images, of))
+        numbers.extend(new)
+        print(*new, sep="\n", flush=True)
+
+    look(reconstructed(model.first_stage, real), set="first stage alone")
+    for key in given.inputs:
+        small, of = batch[key], {"input": key} if len(given.inputs) > 1 else {}
+        look(bytes_of(upsample(small, FACTOR)), set="bicubic", **of)
+        if given.regression:
+            look(found.setdefault("regression", regressed(given.regression, small)), set="regression", **of)
+        for name, each in models.items():
+            trained = {"model": each.provenance["recipe"]["name"]} if len(models) > 1 else {}
+            for steps in given.steps:
+                found[f"{steps}"] = drawn(each, small, steps)
+                look(found[f"{steps}"], set="drawn", steps=steps, **trained, **of)
+    if given.regression:
+        for steps in given.steps:
+            pair = [image_agreement(found[name], real, scores.distance) for name in ("regression", f"{steps}")]
+            for score in pair[0]:
+                of = {"set": "regression", "against": "drawn", "steps": steps}
+                numbers.append(gain(f"{score}, difference", pair[0][score], pair[1][score], of))
+        if toy:
+            save(grid(found["regression"][:SHOWN], columns=SHOWN, pad=0), RESULTS / f"{given.name}.png")
+    about = (
+        f"{n} held-out images of {dataset}, as bytes. PSNR, SSIM and {scores.lpips}: means over images, with 1.96 "
+        f"standard errors. The Fréchet excess: over {given.sets} parts of them, Student's t."
+    )
+    title = f"{model.provenance['recipe']['name']}: enlarged images beside the true ones"
+    measured_here(title, numbers, about, seed=0).save(RESULTS / f"{given.name}.json")
+
+
+if __name__ == "__main__":
+    main()
