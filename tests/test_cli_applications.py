@@ -536,7 +536,7 @@ def test_a_model_of_the_hub_or_in_a_folder_of_a_shipped_name_is_no_shipped_one(a
 
 def test_a_shipped_model_is_told_from_others(ask, work):
     Image.fromarray(bytes_of(64, 64)).save("depth.png")
-    for model in ("toy-depth-text", PRETRAINED / "toy-depth-text"):
+    for model in ("toy-maps", PRETRAINED / "toy-maps"):
         output = done(ask("draw", "--depth", "depth.png", model=model, steps=1))
         assert output.splitlines()[0] == "1 image of 64 × 64 pixels in drawn.png" and output.count(SENTENCE) == 1
 

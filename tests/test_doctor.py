@@ -176,7 +176,7 @@ def test_an_older_first_stage_is_not_measured_either(first_stage_run, tmp_path):
     assert "30 of 60 steps" in examined(folder)["latents"].measured
 
 
-@pytest.mark.parametrize("name", ["toy-text2image", "toy-class", "toy-attributes", "toy-layout", "toy-depth-text"])
+@pytest.mark.parametrize("name", ["toy-text2image", "toy-class", "toy-attributes", "toy-layout", "toy-maps"])
 def test_no_fault_is_found_in_a_shipped_model(name):
     found = verdicts(name)
     kept_in_runs = ("averaged weights", "discriminator")
@@ -295,7 +295,7 @@ def test_a_unet_that_ignores_its_condition_is_found(model):
 
 
 def test_of_two_conditions_the_one_that_is_not_heard_is_named():
-    model = LatentDiffusion.from_pretrained("toy-depth-text")
+    model = LatentDiffusion.from_pretrained("toy-maps")
     before = model.unet.forward
 
     def deaf(x: Tensor, t: Tensor, cond: Condition) -> Tensor:

@@ -737,7 +737,7 @@ def test_models_without_such_conditions_have_the_rows_that_they_had(monkeypatch)
 
 
 def test_captions_and_maps_are_judged_side_by_side():
-    model = LatentDiffusion.from_pretrained("toy-depth-text")
+    model = LatentDiffusion.from_pretrained("toy-maps")
     measured = evaluate(model, Evaluation(replace(QUICK, steps=2), n=2, splits=("test",)))
     assert measured.one("depth correlation", set="real halves").value > 0.99
     assert measured.of("things", set="drawn") and not measured.of("things", set="real halves")
