@@ -218,6 +218,7 @@ SILENT = {
         "diffusion.scale_shift_norm": False,
         "diffusion.resblock_updown": False,
         "diffusion.linear_projection": False,
+        "diffusion.pretrained": None,
     },
     "toy-kl-f4": {
         "first_stage.training.held_out": 64,
