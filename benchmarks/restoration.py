@@ -72,16 +72,18 @@ class Scores:
         for name, values in found.items():
             mean, error = values.double().mean().item(), (values.double().std() / n**0.5).item()
             yield Measurement.mean(name, mean, error, n, of=of, unit=UNITS.get(name, ""))
-        size = len(self.others[0])
-        if n >= size * len(self.others):
-            pieces = images[: size * len(self.others)].split(size)
-            apart = [frechet_distance(self._features(a), b) for a, b in zip(pieces, self.others)]
-            excess = [a - b for a, b in zip(apart, self.floor)]
+        if excess := self.excess(images):
             of = {**of, "features": self.extractor.name}
-            yield Measurement.repeated("Fréchet excess", excess, of=of, n=size)
+            yield Measurement.repeated("Fréchet excess", excess, of=of, n=len(self.others[0]))
 
-    def _features(self, images: Tensor) -> Tensor:
-        return extract(self.extractor, images.split(CHUNK), CHUNK)
+    def excess(self, images: Tensor) -> list[float]:
+        """By how much each set of images is farther from the others than the real ones are; none for too few images."""
+        size = len(self.others[0])
+        if len(images) < size * len(self.others):
+            return []
+        pieces = images[: size * len(self.others)].split(size)
+        found = [extract(self.extractor, some.split(CHUNK), CHUNK) for some in pieces]
+        return [frechet_distance(a, b) - floor for a, b, floor in zip(found, self.others, self.floor)]
 
 
 def gain(name: str, more: Tensor, less: Tensor, of: dict[str, Any]) -> Measurement:

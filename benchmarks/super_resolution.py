@@ -1,6 +1,7 @@
 """Super-resolution beside bicubic enlargement and plain regression: fidelity, look, steps, inputs.
 
-    python benchmarks/super_resolution.py super_resolution toy-super-resolution --regression runs/toy-regression
+    python benchmarks/super_resolution.py super_resolution toy-super-resolution --regression runs/toy-regression \\
+        --features vgg16
     python benchmarks/super_resolution.py degraded toy-super-resolution --others-trained runs/toy-blind/model \\
         --inputs degraded low_resolution --steps 50
     python benchmarks/super_resolution.py celeba_super_resolution runs/celeba64-super-resolution/model \\
@@ -62,6 +63,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--inputs", nargs="+", default=["low_resolution"], help="keys of the data set")
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 2, 4, 10, 25, 50, 100], help="denoising steps")
     parser.add_argument("--n", type=int, default=512, help="held-out images")
+    parser.add_argument("--features", help="of the Fréchet excess; default: by the data set")
     parser.add_argument("--sets", type=int, default=4, help="parts of them, for the interval of the excess")
     return parser.parse_args()
 
@@ -78,7 +80,8 @@ def main() -> None:
     )
     real, n = batch["image"], len(batch["image"])
     others = samples(dataset, settings.data_dir, ("test" if toy else "train",), 2 * n, ("image",))["image"][-n:]
-    scores = Scores.of(real, others, given.sets, *backbones(dataset), settings.weights_dir)
+    net, features = backbones(dataset)
+    scores = Scores.of(real, others, given.sets, net, given.features or features, settings.weights_dir)
     numbers: list[Measurement] = []
     found: dict[str, Tensor] = {}
 
@@ -100,15 +103,18 @@ def main() -> None:
                 look(found[f"{steps}"], set="drawn", steps=steps, **trained, **of)
     if given.regression:
         for steps in given.steps:
+            of = {"set": "regression", "against": "drawn", "steps": steps}
             pair = [image_agreement(found[name], real, scores.distance) for name in ("regression", f"{steps}")]
             for score in pair[0]:
-                of = {"set": "regression", "against": "drawn", "steps": steps}
                 numbers.append(gain(f"{score}, difference", pair[0][score], pair[1][score], of))
+            apart = [a - b for a, b in zip(*(scores.excess(found[name]) for name in ("regression", f"{steps}")))]
+            numbers.append(Measurement.repeated("Fréchet excess, difference", apart, of=of, n=len(scores.others[0])))
         if toy:
             save(grid(found["regression"][:SHOWN], columns=SHOWN, pad=0), RESULTS / f"{given.name}.png")
     about = (
         f"{n} held-out images of {dataset}, as bytes. PSNR, SSIM and {scores.lpips}: means over images, with 1.96 "
-        f"standard errors. The Fréchet excess: over {given.sets} parts of them, Student's t."
+        f"standard errors. The Fréchet excess: {scores.extractor.name} features, over {given.sets} parts of them, "
+        f"Student's t."
     )
     title = f"{model.provenance['recipe']['name']}: enlarged images beside the true ones"
     measured_here(title, numbers, about, seed=0).save(RESULTS / f"{given.name}.json")

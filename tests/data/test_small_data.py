@@ -71,7 +71,7 @@ def test_pages_run_on_24_pictures_of_which_one_is_held_out(tmp_path, root):
     chosen["OMP_NUM_THREADS"] = "1"  # many small steps: threads would only wait for each other
     command = [sys.executable, "-m", "pytest", *map(str, pages), "--no-compare", "-q", "-p", "no:cacheprovider"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    done = subprocess.run(command, cwd=root, env=inherited | chosen, capture_output=True, text=True, timeout=540)
+    done = subprocess.run(command, cwd=root, env=inherited | chosen, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
