@@ -109,7 +109,7 @@ def main() -> None:
     numbers: list[Measurement] = []
 
     def look(images: Tensor, where: Tensor, **of: Any) -> None:
-        new = list(scores.measured(images, of, where))
+        new = list(scores.told(scores.of_images(images, where), scores.excess(images), of))
         numbers.extend(new)
         print(*new, sep="\n", flush=True)
 

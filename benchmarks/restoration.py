@@ -65,14 +65,17 @@ class Scores:
         """What the perceptual distance is called."""
         return distance_name(self.distance)
 
-    def measured(self, images: Tensor, of: dict[str, Any], hole: Tensor | None = None) -> Iterator[Measurement]:
-        """PSNR, SSIM, LPIPS beside the first real images, in the hole where there is one; the excess of whole sets."""
+    def of_images(self, images: Tensor, hole: Tensor | None = None) -> dict[str, Tensor]:
+        """PSNR, SSIM and LPIPS beside the first real images, in the hole where there is one; each (n,)."""
         n = len(images)
-        found = image_agreement(images, self.real[:n], self.distance, None if hole is None else hole[:n])
-        for name, values in found.items():
-            mean, error = values.double().mean().item(), (values.double().std() / n**0.5).item()
-            yield Measurement.mean(name, mean, error, n, of=of, unit=UNITS.get(name, ""))
-        if excess := self.excess(images):
+        return image_agreement(images, self.real[:n], self.distance, None if hole is None else hole[:n])
+
+    def told(self, each: dict[str, Tensor], excess: list[float], of: dict[str, Any]) -> Iterator[Measurement]:
+        """The means of the scores of images, and of the excess of sets where there is one."""
+        for name, values in each.items():
+            mean, error = values.double().mean().item(), (values.double().std() / len(values) ** 0.5).item()
+            yield Measurement.mean(name, mean, error, len(values), of=of, unit=UNITS.get(name, ""))
+        if excess:
             of = {**of, "features": self.extractor.name}
             yield Measurement.repeated("Fréchet excess", excess, of=of, n=len(self.others[0]))
 

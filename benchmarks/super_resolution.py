@@ -25,7 +25,6 @@ from ldm_edu import LatentDiffusion
 from ldm_edu.applications import upscale
 from ldm_edu.data.degradation import upsample
 from ldm_edu.display import grid, save
-from ldm_edu.evaluation.agreement import image_agreement
 from ldm_edu.evaluation.report import TOY, recipe_dataset
 from ldm_edu.first_stage.autoencoder import FirstStage
 from ldm_edu.measurements import Measurement, measured_here
@@ -51,6 +50,18 @@ def regressed(folder: Path, small: Tensor) -> Tensor:
 def reconstructed(stage: FirstStage, real: Tensor) -> Tensor:
     """The images through the first stage."""
     return bytes_of(torch.cat([stage.reconstruct(some) for some in real.split(CHUNK)]))
+
+
+def differences(
+    more: tuple[dict[str, Tensor], list[float]],
+    less: tuple[dict[str, Tensor], list[float]],
+    of: dict[str, Any],
+    size: int,
+) -> list[Measurement]:
+    """One set's scores less another's, image by image and part by part."""
+    told = [gain(f"{score}, difference", more[0][score], less[0][score], of) for score in more[0]]
+    apart = [a - b for a, b in zip(more[1], less[1])]
+    return [*told, Measurement.repeated("Fréchet excess, difference", apart, of=of, n=size)]
 
 
 def arguments() -> argparse.Namespace:
@@ -83,34 +94,32 @@ def main() -> None:
     net, features = backbones(dataset)
     scores = Scores.of(real, others, given.sets, net, given.features or features, settings.weights_dir)
     numbers: list[Measurement] = []
-    found: dict[str, Tensor] = {}
+    regression: tuple[dict[str, Tensor], list[float]] | None = None
+    enlarged: Tensor | None = None
 
-    def look(images: Tensor, **of: Any) -> None:
-        new = list(scores.measured(images, of))
+    def look(images: Tensor, **of: Any) -> tuple[dict[str, Tensor], list[float]]:
+        each, excess = scores.of_images(images), scores.excess(images)
+        new = list(scores.told(each, excess, of))
         numbers.extend(new)
         print(*new, sep="\n", flush=True)
+        return each, excess
 
     look(reconstructed(model.first_stage, real), set="first stage alone")
     for key in given.inputs:
         small, of = batch[key], {"input": key} if len(given.inputs) > 1 else {}
         look(bytes_of(upsample(small, FACTOR)), set="bicubic", **of)
         if given.regression:
-            look(found.setdefault("regression", regressed(given.regression, small)), set="regression", **of)
+            enlarged = regressed(given.regression, small)
+            regression = look(enlarged, set="regression", **of)
         for name, each in models.items():
             trained = {"model": each.provenance["recipe"]["name"]} if len(models) > 1 else {}
             for steps in given.steps:
-                found[f"{steps}"] = drawn(each, small, steps)
-                look(found[f"{steps}"], set="drawn", steps=steps, **trained, **of)
-    if given.regression:
-        for steps in given.steps:
-            of = {"set": "regression", "against": "drawn", "steps": steps}
-            pair = [image_agreement(found[name], real, scores.distance) for name in ("regression", f"{steps}")]
-            for score in pair[0]:
-                numbers.append(gain(f"{score}, difference", pair[0][score], pair[1][score], of))
-            apart = [a - b for a, b in zip(*(scores.excess(found[name]) for name in ("regression", f"{steps}")))]
-            numbers.append(Measurement.repeated("Fréchet excess, difference", apart, of=of, n=len(scores.others[0])))
-        if toy:
-            save(grid(found["regression"][:SHOWN], columns=SHOWN, pad=0), RESULTS / f"{given.name}.png")
+                ours = look(drawn(each, small, steps), set="drawn", steps=steps, **trained, **of)
+                if regression:
+                    between = {"set": "regression", "against": "drawn", "steps": steps, **trained, **of}
+                    numbers += differences(regression, ours, between, len(scores.others[0]))
+    if enlarged is not None and toy:
+        save(grid(enlarged[:SHOWN], columns=SHOWN, pad=0), RESULTS / f"{given.name}.png")
     about = (
         f"{n} held-out images of {dataset}, as bytes. PSNR, SSIM and {scores.lpips}: means over images, with 1.96 "
         f"standard errors. The Fréchet excess: {scores.extractor.name} features, over {given.sets} parts of them, "

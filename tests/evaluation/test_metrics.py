@@ -250,7 +250,7 @@ def assert_equal_to_the_package(net: str, weights_dir: Path) -> None:
     """Values and gradients on random pairs of random shapes.
 
     In float64: a sum in another order may switch a ReLU or choose another pixel of a max-pooling, and a gradient jumps
-    there. In float32 this happens on some processors. For the same reason both get the same last digit of the constants.
+    there. In float32 this happens on some processors. For the same reason both get the same digits of the constants.
     """
     ours, theirs = LPIPS(net, weights_dir, download=False).double(), package(net, weights_dir).double()
     for name in ("shift", "scale"):
