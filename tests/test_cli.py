@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from typer.testing import CliRunner
 
 from ldm_edu import LatentDiffusion
 from ldm_edu.checkpoints import PRETRAINED
-from ldm_edu.cli import app
+from ldm_edu.cli import _demo_score, app
 from ldm_edu.evaluation.report import last_evaluation
 from ldm_edu.files import load_notes
 from ldm_edu.measurements import Measurement, Measurements, load_measurements
@@ -69,9 +70,15 @@ def test_an_unknown_profile_is_one_line(monkeypatch):
 
 
 def test_an_unconditional_run_on_real_faces(real_data, tmp_path):
-    """`celeba64` in miniature: both stages on the real subset, then samples without text."""
+    """`celeba64` in miniature: both stages on 100 faces of the real subset, then samples without text."""
+    faces = tmp_path / "celeba" / "img_align_celeba"
+    faces.mkdir(parents=True)
+    names, *rows = (real_data / "celeba" / "list_attr_celeba.txt").read_text().splitlines()[1:102]
+    (faces.parent / "list_attr_celeba.txt").write_text("\n".join([str(len(rows)), names, *rows]))
+    for row in rows:
+        shutil.copy(real_data / "celeba" / "img_align_celeba" / row.split()[0], faces)
     out = tmp_path / "run"
-    result = run("train", "celeba64", "--data-dir", real_data, "--out", out, "--max-steps", 2, "--every", 1)
+    result = run("train", "celeba64", "--data-dir", tmp_path, "--out", out, "--max-steps", 2, "--every", 1)
     assert result.exit_code == 0, result.output
     log = (out / "log.jsonl").read_text()
     assert '"psnr"' in log and '"held_out"' in log
@@ -85,10 +92,16 @@ def test_every_command_explains_itself(command):
     assert result.exit_code == 0 and "Usage" in result.output
 
 
-def test_the_demonstration_says_where_to_go_on(tmp_path, monkeypatch):
-    """Without its training, and at one scale; the pages that it names exist."""
+@pytest.fixture
+def quick_demo(monkeypatch):
+    """The demonstration without its training, at one scale, scored on two images of each kind."""
     monkeypatch.setattr("ldm_edu.cli._SCALES", (1.0,))
+    monkeypatch.setattr("ldm_edu.cli._demo_score", partial(_demo_score, n=2))
     monkeypatch.setattr("ldm_edu.cli.train_recipe", lambda *_, **__: LatentDiffusion.from_pretrained("toy-text2image"))
+
+
+def test_the_demonstration_says_where_to_go_on(tmp_path, quick_demo):
+    """The pages that it names exist."""
     result = run("demo", "--steps", 1, "--device", "cpu", "--out", tmp_path / "demo.png")
     assert result.exit_code == 0, result.output
     assert (tmp_path / "demo.png").is_file()
@@ -244,6 +257,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     """A real process, as a user starts it, and a real Ctrl-C."""
     out, cache = tmp_path / "run", tmp_path / "cache"
     words = ["train", "toy-demo", "--out", str(out), "--cache-dir", str(cache), "--every", "1", "--device", "cpu"]
+    for stage in ("first_stage.training", "diffusion.training", "text"):
+        words += ["--set", f"{stage}.images=64"]
     process = subprocess.Popen(
         [sys.executable, "-m", "ldm_edu", *words], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
@@ -291,11 +306,12 @@ class Shouted(TextConditioner):
         return super().forward([text.upper() for text in (batch["caption"] if isinstance(batch, dict) else batch)])
 
 demo = RECIPES["toy-demo"].shortened(1)
-(text,) = demo.diffusion.conditioners
-diffusion = replace(demo.diffusion, conditioners=(replace(text, name="Shouted"),), training=replace(
+(captions,) = demo.diffusion.conditioners
+diffusion = replace(demo.diffusion, conditioners=(replace(captions, name="Shouted"),), training=replace(
     demo.diffusion.training, images=8, batch_size=4))
 first = replace(demo.first_stage, training=replace(demo.first_stage.training, images=8, batch_size=4))
-RECIPES["shouted"] = replace(demo, name="shouted", diffusion=diffusion, first_stage=first)
+text = replace(demo.text, images=8, batch_size=4)
+RECIPES["shouted"] = replace(demo, name="shouted", diffusion=diffusion, first_stage=first, text=text)
 """
 
 
@@ -453,7 +469,7 @@ def test_the_home_folder_is_found_where_no_shell_has_done_it(tmp_path, monkeypat
     assert result.exit_code == 0 and (tmp_path / "a" / "x.png").is_file() and not (tmp_path / "~").exists()
 
 
-def test_a_result_that_is_there_stays_whole_where_a_new_one_cannot_be_written(tmp_path, monkeypatch):
+def test_a_result_that_is_there_stays_whole_where_a_new_one_cannot_be_written(tmp_path, monkeypatch, quick_demo):
     out = tmp_path / "demo.png"
     out.write_bytes(b"yesterday's")
 
@@ -461,8 +477,6 @@ def test_a_result_that_is_there_stays_whole_where_a_new_one_cannot_be_written(tm
         Path(path).write_bytes(b"to")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ldm_edu.cli._SCALES", (1.0,))
-    monkeypatch.setattr("ldm_edu.cli.train_recipe", lambda *_, **__: LatentDiffusion.from_pretrained("toy-text2image"))
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", half)
     result = run("demo", "--steps", 1, "--device", "cpu", "--out", out)
     assert result.exit_code == 1 and "demo.png cannot be written: the disk is full: make room" in result.output
@@ -510,10 +524,8 @@ def test_the_version_is_told():
 
 
 @pytest.mark.parametrize("charset", ["gbk", "cp1252", "ascii", "shift_jis", "koi8-r"])
-def test_no_output_dies_of_a_code_page(charset, tmp_path, monkeypatch):
+def test_no_output_dies_of_a_code_page(charset, tmp_path, monkeypatch, quick_demo):
     """As Windows gives it to a file or a pipe; plainer characters are printed instead."""
-    monkeypatch.setattr("ldm_edu.cli._SCALES", (1.0,))
-    monkeypatch.setattr("ldm_edu.cli.train_recipe", lambda *_, **__: LatentDiffusion.from_pretrained("toy-text2image"))
     monkeypatch.chdir(tmp_path)
     quick = ["--device", "cpu", "--steps", 1]
     commands = [

@@ -14,8 +14,9 @@ from doctor_runs import adversarial, changed, copied, small, train_here
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
+import ldm_edu.doctor as doctor
 import ldm_edu.training.loop as loop
-from ldm_edu import LatentDiffusion
+from ldm_edu import LatentDiffusion, ToyCelebA, ToyCOCO
 from ldm_edu.cli import app
 from ldm_edu.conditioning.condition import Condition
 from ldm_edu.diffusion.levels import SCHEDULES, cosine
@@ -43,6 +44,24 @@ CHECKS = (
 )
 V = {"schedule": "cosine", "prediction": "v"}  # with it the condition is heard soon
 RECIPE = small(**V)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _drawn_once():
+    """Samples of a toy data set are drawn once for all examinations, which else spend most of their time on them."""
+    draw, drawn = doctor._samples_of, {}
+
+    def samples_of(dataset, n: int) -> list[dict[str, Any]]:
+        if not isinstance(dataset, ToyCOCO | ToyCelebA):
+            return draw(dataset, n)
+        what = json.dumps([dataset.identity(), n], sort_keys=True)
+        if what not in drawn:
+            drawn[what] = draw(dataset, n)
+        return drawn[what]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(doctor, "_samples_of", samples_of)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import re
 import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from ldm_edu.latent_diffusion import LatentDiffusion
 from ldm_edu.training.data import check_fit
 from ldm_edu.training.judge import FeaturesStage, FeaturesTask, ReaderStage
 from ldm_edu.training.recipes import AnyRecipe, AutoencoderRecipe, FeaturesRecipe, ReaderRecipe, Recipe
-from ldm_edu.training.recipes import recipe_from_dict, recipe_to_dict
+from ldm_edu.training.recipes import Trained, Training, recipe_from_dict, recipe_to_dict
 from ldm_edu.training.resume import run_stage
 from ldm_edu.training.run import Run, RunOptions, open_run, settings_of_the_run
 from ldm_edu.training.stages import DiffusionStage, FirstStageStage
@@ -65,17 +65,27 @@ def train(
         run.close()
 
 
+P = TypeVar("P", bound=Training | Trained)
+
+
+def _in_brief(part: P, images: int) -> P:
+    "The same with at most so many training images in each stage, and a tenth as many held-out ones."
+    if isinstance(part, Trained):
+        return replace(part, **{name: _in_brief(each, images) for name, each in part.trained_parts().items()})
+    return replace(part, images=min(images, part.images or images), held_out=min(part.held_out, max(1, images // 10)))
+
+
 def train_briefly(
     recipe: Recipe,
     steps: int,  # at most so many in each stage
-    images: int,  # at most so many training images of the diffusion stage
+    images: int,  # at most so many training images in each stage, and a tenth as many held-out ones
     options: RunOptions = RunOptions(),  # `every` is a twelfth of the steps, whatever stands there
 ) -> tuple[LatentDiffusion, list[dict[str, Any]]]:
     "A recipe within a small budget, in a temporary folder: the model, on the CPU, and the log of its diffusion stage."
     steps, images = check_count("steps", steps), check_count("images", images)
-    training = recipe.diffusion.training
-    fewer = replace(training, images=min(images, training.images or images), warmup=min(training.warmup, 30))
-    short = replace(recipe, diffusion=replace(recipe.diffusion, training=fewer)).shortened(steps)
+    short = _in_brief(recipe, images).shortened(steps)
+    training = replace(short.diffusion.training, warmup=min(short.diffusion.training.warmup, 30))
+    short = replace(short, diffusion=replace(short.diffusion, training=training))
     with tempfile.TemporaryDirectory() as folder:
         run = Path(folder) / "run"
         model = train(short, run, replace(options, every=max(1, steps // 12), sample_every=0))

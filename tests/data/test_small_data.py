@@ -57,19 +57,31 @@ def small_celeba(root: Path, **shares: int) -> None:
     (root / "celeba" / "list_attr_celeba.txt").write_text(f"{len(files)}\nSmiling Hat\n" + "".join(rows))
 
 
+def pages(root: Path) -> dict[Path, str]:
+    """The text of every page."""
+    found = [path for path in sorted((root / "nbs").rglob("*.ipynb")) if ".ipynb_checkpoints" not in path.parts]
+    return {path: path.read_text(encoding="utf-8") for path in found}
+
+
 def pages_with_data(root: Path) -> list[Path]:
-    """The pages that open the data set of the settings."""
-    pages = [path for path in (root / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in path.parts]
-    return [path for path in sorted(pages) if re.search(r"settings\.data_dir", path.read_text(encoding="utf-8"))]
+    """The pages that open the data set of the settings; `make test-real` runs them on real data."""
+    return [path for path, text in pages(root).items() if re.search(r"settings\.data_dir", text)]
+
+
+def test_the_other_pages_open_toy_data_only(root):
+    others = {path: text for path, text in pages(root).items() if path not in pages_with_data(root)}
+    assert len(others) >= 20
+    for path, text in others.items():
+        assert not re.search(r"\b(open_dataset\((?!\\\"toy)|CelebA\(|COCO\(|ImageFolder\()", text), path.name
 
 
 def test_pages_run_on_24_pictures_of_which_one_is_held_out(tmp_path, root):
     small_coco(tmp_path, train=22, validation=1, test=1)
-    pages = pages_with_data(root)
-    assert len(pages) >= 8
+    with_data = pages_with_data(root)
+    assert len(with_data) >= 8
     chosen = {"LDM_EDU_DATASET": "coco", "LDM_EDU_DATA_DIR": str(tmp_path), "LDM_EDU_PROFILE": "ci"}
     chosen["OMP_NUM_THREADS"] = "1"  # many small steps: threads would only wait for each other
-    command = [sys.executable, "-m", "pytest", *map(str, pages), "--no-compare", "-q", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *map(str, with_data), "--no-compare", "-q", "-p", "no:cacheprovider"]
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     done = subprocess.run(command, cwd=root, env=inherited | chosen, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-3000:]

@@ -28,13 +28,14 @@ from ldm_edu.training.run import RunOptions
 
 def tiny(steps: int = 6, batch_size: int = 4, **training: Any) -> Recipe:
     """Both stages and text, with as little of everything as there can be; `training` is for both stages."""
-    how = Training(**({"steps": steps, "batch_size": batch_size, "lr": 3e-3, "warmup": 2, "images": 24} | training))
+    usual = {"steps": steps, "batch_size": batch_size, "lr": 3e-3, "warmup": 2, "images": 24, "held_out": 16}
+    how = Training(**(usual | training))
     return Recipe(
         name="tiny",
         about="as little of everything as there can be",
         dataset="toy",
         size=16,
-        first_stage=FirstStageRecipe(replace(how, held_out=64), channels=8, multipliers=(1, 2), groups=4),
+        first_stage=FirstStageRecipe(how, channels=8, multipliers=(1, 2), groups=4),
         diffusion=small_diffusion(how, text()),
     )
 
@@ -71,8 +72,8 @@ def of_stages(recipe: Recipe, **training: Any) -> Recipe:
     return replace(recipe, first_stage=first, diffusion=second)
 
 
-# How the small runs are done: a line in the log every third step, images at the end, a checkpoint after each step.
-HOW = {"device": "cpu", "precision": "fp32", "every": 3, "sample_every": 100, "save_every": 0.0}
+# How the small runs are done: a line in the log every third step, a checkpoint after each step, no images.
+HOW = {"device": "cpu", "precision": "fp32", "every": 3, "sample_every": 0, "save_every": 0.0}
 
 
 def train_tiny(folder: Path, recipe: AnyRecipe | None = None, **how: Any):
@@ -80,6 +81,11 @@ def train_tiny(folder: Path, recipe: AnyRecipe | None = None, **how: Any):
     torch.set_num_threads(1)
     resume = (folder / "recipe.json").exists()
     return train(recipe or tiny(), folder, RunOptions(**(HOW | {"resume": resume} | how)))
+
+
+def train_and_draw(folder: Path, recipe: AnyRecipe | None = None, **how: Any):
+    """The same, with images at the end of each stage."""
+    return train_tiny(folder, recipe, **{"sample_every": 100} | how)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

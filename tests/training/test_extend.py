@@ -26,7 +26,7 @@ PLANNED, LONGER, LONGEST = 4, 7, 9  # steps of the diffusion stage
 def short(steps: int = PLANNED, **training) -> Recipe:
     """A first stage of two steps, and a diffusion stage of a few."""
     recipe = tiny(2)
-    plan = {"steps": steps, "batch_size": 4, "lr": 3e-3, "warmup": 2, "images": 24} | training
+    plan = {"steps": steps, "batch_size": 4, "lr": 3e-3, "warmup": 2, "images": 24, "held_out": 16} | training
     return replace(recipe, diffusion=replace(recipe.diffusion, training=Training(**plan)))
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from PIL import Image
-from small_runs import differences, tiny, tiny_autoencoder, train_tiny
+from small_runs import differences, tiny, tiny_autoencoder, train_and_draw, train_tiny
 from small_stages import SmallStage, small_run
 
 import ldm_edu.training.latents as latents
@@ -139,7 +139,7 @@ def test_entries_begin_on_latents_or_near_zero(from_data, cache, tmp_path):
 def autoencoder(tmp_path_factory, cache):
     """A run of a first stage with all that it can have, and a line in the log for each of its six steps."""
     folder = tmp_path_factory.mktemp("autoencoder") / "run"
-    return folder, train_tiny(folder, tiny_autoencoder(start=3), every=1, save_every=1e9, cache_dir=cache)
+    return folder, train_and_draw(folder, tiny_autoencoder(start=3), every=1, save_every=1e9, cache_dir=cache)
 
 
 def through_bytes(dataset, n: int) -> torch.Tensor:
@@ -196,7 +196,7 @@ def test_the_best_is_chosen_without_the_discriminator(cache, tmp_path):
 def test_other_precisions_train_a_first_stage(precision, furthest, autoencoder, cache, tmp_path):
     """The losses are those of float32, about; the model is kept in float32."""
     folder = tmp_path / "run"
-    model = train_tiny(folder, tiny_autoencoder(start=3), every=1, precision=precision, cache_dir=cache)
+    model = train_and_draw(folder, tiny_autoencoder(start=3), every=1, precision=precision, cache_dir=cache)
     for ours, theirs in zip(log_of(folder), log_of(autoencoder[0]), strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=furthest)
     inside = torch.float64 if precision == "fp64" else torch.float32

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import HOW, differences, of_stages, text, tiny, train_tiny, weights
+from small_runs import HOW, differences, of_stages, text, tiny, train_and_draw, train_tiny, weights
 
 from ldm_edu import LatentDiffusion, LDMError, collate, load_first_stage, open_dataset, train
 from ldm_edu.conditioning.condition import MergedConditioner
@@ -50,7 +50,7 @@ def logged(folder: Path) -> list[dict]:
 def trained(tmp_path_factory):
     """The run of `pixels`, and its model."""
     folder = tmp_path_factory.mktemp("pixels") / "run"
-    return folder, train_tiny(folder, pixels())
+    return folder, train_and_draw(folder, pixels())
 
 
 # A run ----------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import signal
 import time
 
 import pytest
-from small_runs import Child, differences, tiny_autoencoder, train_tiny, weights
+from small_runs import Child, differences, tiny_autoencoder, train_and_draw, weights
 from small_stages import SmallStage, small_run
 
 import ldm_edu.files as file_tools
@@ -24,7 +24,7 @@ SEED = int(os.environ.get("LDM_EDU_TEST_SEED", random.SystemRandom().randrange(1
 def straight(tmp_path_factory):
     """The folder of an undisturbed run."""
     folder = tmp_path_factory.mktemp("straight") / "run"
-    child = Child(train_tiny, folder, output=folder.parent / "output")
+    child = Child(train_and_draw, folder, output=folder.parent / "output")
     assert child.wait() == 0, child.text()
     return folder
 
@@ -71,7 +71,7 @@ def die_at_write(folder, k: int) -> None:
             die()
 
     file_tools.save_file = half
-    train_tiny(folder)
+    train_and_draw(folder)
 
 
 def die_at_rename(folder, k: int) -> None:
@@ -85,7 +85,7 @@ def die_at_rename(folder, k: int) -> None:
         whole(source, target)
 
     os.replace = never
-    train_tiny(folder)
+    train_and_draw(folder)
 
 
 def steps_done(folder) -> int:
@@ -109,7 +109,7 @@ def test_killed_at_ten_random_moments(straight, tmp_path):
     marks = sorted(rng.uniform(0, 9.5) for _ in plan)  # of the twelve steps
     for mark, death in zip(marks, plan):
         if death is None:
-            child = Child(train_tiny, folder, output=output)
+            child = Child(train_and_draw, folder, output=output)
             child.wait_until(lambda: steps_done(folder) >= int(mark) and rng.random() < 0.3)
             time.sleep(rng.uniform(0, 0.1))
             child.signal(signal.SIGKILL)
@@ -117,7 +117,7 @@ def test_killed_at_ten_random_moments(straight, tmp_path):
             child = Child(death, folder, rng.randint(1, 4), output=output)
         assert child.wait() == -signal.SIGKILL, child.text()
         print(f"{death.__name__ if death else 'killed'} with {steps_done(folder)} steps saved")
-    child = Child(train_tiny, folder, output=output)
+    child = Child(train_and_draw, folder, output=output)
     assert child.wait() == 0, child.text()
     assert_same_run(folder, straight)
 
@@ -133,20 +133,20 @@ def one_step_a_life(folder, recipe) -> None:
         lived.append(True)
 
     training.save_state = once
-    train_tiny(folder, recipe)
+    train_and_draw(folder, recipe)
 
 
 def test_a_first_stage_with_a_discriminator_killed_after_every_step(tmp_path):
     """With the codebook and what the optimiser remembers of both networks; the discriminator begins in the middle."""
     recipe, output = tiny_autoencoder(steps=6, start=3), tmp_path / "output"
-    child = Child(train_tiny, tmp_path / "straight", recipe, output=output)
+    child = Child(train_and_draw, tmp_path / "straight", recipe, output=output)
     assert child.wait() == 0, child.text()
     folder = tmp_path / "run"
     for step in range(1, 6):
         child = Child(one_step_a_life, folder, recipe, output=output)
         assert child.wait() == -signal.SIGKILL, child.text()
         assert load_notes(folder / "first_stage.safetensors")["step"] == str(step)
-    child = Child(train_tiny, folder, recipe, output=output)
+    child = Child(train_and_draw, folder, recipe, output=output)
     assert child.wait() == 0, child.text()
     assert_same_run(folder, tmp_path / "straight")
     kept = weights(folder)
@@ -170,7 +170,7 @@ def train_until_signalled(folder, stage: str, sent) -> None:
             time.sleep(0.01)
 
     training.log_scores = patient
-    train_tiny(folder, save_every=1e9)
+    train_and_draw(folder, save_every=1e9)
 
 
 def lines_written(folder) -> int:
@@ -203,7 +203,7 @@ def train_and_interrupt_twice(folder) -> None:
         time.sleep(60)
 
     training.save_samples = impatient
-    train_tiny(folder)
+    train_and_draw(folder)
 
 
 def test_a_second_signal_stops_at_once(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 from accelerate.tracking import GeneralTracker
 from PIL import Image
-from small_runs import differences, of_stages, tiny, tiny_autoencoder, train_tiny, weights
+from small_runs import differences, of_stages, tiny, tiny_autoencoder, train_and_draw, train_tiny, weights
 
 import ldm_edu.training.data as training_data
 import ldm_edu.training.run as runs
@@ -24,7 +24,7 @@ from ldm_edu.training.dispatch import train
 from ldm_edu.training.recipes import Training, find_recipe, recipe_from_dict, recipe_to_dict
 from ldm_edu.training.run import RunOptions, check_batch_size, make_accelerator, open_run, stage_trainings
 
-CPU = RunOptions(device="cpu", precision="fp32")
+CPU = RunOptions(device="cpu", precision="fp32", sample_every=0)
 RESUMED = replace(CPU, resume=True)
 
 # Whole runs ----------------------------------------------------------------------------------------------------------
@@ -34,7 +34,7 @@ RESUMED = replace(CPU, resume=True)
 def finished(tmp_path_factory):
     """An undisturbed run."""
     folder = tmp_path_factory.mktemp("runs") / "straight"
-    return folder, train_tiny(folder)
+    return folder, train_and_draw(folder)
 
 
 def test_the_run_folder_tells_what_was_done(finished):
@@ -160,7 +160,7 @@ def test_a_misspelt_option_is_refused_before_anything_is_written(recipe, tmp_pat
     with pytest.raises(TypeError, match="lokks"):
         open_run(recipe, tmp_path / "run", replace(CPU, lokks=0))
     assert not (tmp_path / "run").exists()
-    assert open_run(recipe, tmp_path / "run", replace(CPU, sample_every=0)).options.sample_every == 0
+    assert open_run(recipe, tmp_path / "run", replace(CPU, sample_every=7)).options.sample_every == 7
 
 
 @pytest.mark.parametrize(
