@@ -510,7 +510,7 @@ TOY_INPAINTING = _toy_model(
     (ConditionerRecipe("InpaintingConditioner", {"rule": "any"}),),  # a thin scratch is a hole, too
     TOY_FACES_ALL,  # f = 8, as in toy-faces
     dataset="toy-faces",
-    training=Training(steps=2000, batch_size=64, lr=5e-4, warmup=100, images=20_000),
+    training=Training(steps=3500, batch_size=64, lr=5e-4, warmup=100, images=20_000),
     multipliers=(1, 2),
     pretrained="toy-faces",  # it draws faces already, and has to learn only to heed the five new channels
 )

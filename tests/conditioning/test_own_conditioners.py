@@ -63,7 +63,7 @@ def recipe(*conditioners: ConditionerRecipe, steps: int = 2) -> Recipe:
     )
 
 
-OPTIONS = RunOptions(device="cpu", precision="fp32", every=1, save_every=0.0)
+OPTIONS = RunOptions(device="cpu", precision="fp32", every=1, save_every=0.0, sample_every=0)
 
 
 def toy_batch(n: int = 4) -> dict:
@@ -85,7 +85,7 @@ def wake(model: LatentDiffusion) -> LatentDiffusion:
 def trained(request, tmp_path_factory):
     """The lines of a recipe, the folder of its run, and the model."""
     folder = tmp_path_factory.mktemp("own") / "run"
-    return KINDS[request.param], folder, train(recipe(*KINDS[request.param]), folder, OPTIONS)
+    return KINDS[request.param], folder, train(recipe(*KINDS[request.param]), folder, replace(OPTIONS, sample_every=2))
 
 
 def test_it_trains_and_is_saved_and_loaded(trained):

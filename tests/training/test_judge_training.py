@@ -13,7 +13,7 @@ from ldm_edu.evaluation.judge import SceneReader
 from ldm_edu.files import load_notes, load_tensors
 from ldm_edu.first_stage.autoencoder import AutoencoderKL
 from ldm_edu.first_stage.quantization import AutoencoderVQ
-from ldm_edu.training.dispatch import train
+from ldm_edu.training.dispatch import _in_brief, train
 from ldm_edu.training.judge import (
     balanced_accuracy,
     pack_targets,
@@ -151,5 +151,5 @@ def test_naming_counts_presence_and_absence_apart():
 def test_train_goes_by_the_kind_of_the_recipe(tmp_path):
     features = train(tiny(TOY_FEATURES, 1), tmp_path / "features", RunOptions(device="cpu"))
     assert isinstance(features, ToyFeatures) and features.provenance["recipe"]["kind"] == "toy features"
-    demo = find_recipe("toy-demo").shortened(1)
+    demo = _in_brief(find_recipe("toy-demo"), 16).shortened(1)
     assert isinstance(train(demo, tmp_path / "demo", RunOptions(device="cpu")), LatentDiffusion)
