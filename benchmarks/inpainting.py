@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from restoration import CHUNK, RESULTS, Scores, backbones, bytes_of, samples
+from restoration import CHUNK, RESULTS, Scores, backbones, bytes_of, gain, samples
 from torch import Tensor
 
 from ldm_edu import LatentDiffusion
@@ -108,10 +108,12 @@ def main() -> None:
     scores = Scores.of(real, further, given.sets, *backbones(dataset), settings.weights_dir)
     numbers: list[Measurement] = []
 
-    def look(images: Tensor, where: Tensor, **of: Any) -> None:
-        new = list(scores.told(scores.of_images(images, where), scores.excess(images), of))
+    def look(images: Tensor, where: Tensor, **of: Any) -> dict[str, Tensor]:
+        each = scores.of_images(images, where)
+        new = list(scores.told(each, scores.excess(images), of))
         numbers.extend(new)
         print(*new, sep="\n", flush=True)
+        return each
 
     few = real[: given.repainted]
     for kind in MASKS:
@@ -123,13 +125,19 @@ def main() -> None:
             back = torch.cat([model.first_stage.reconstruct(some) for some in real.split(CHUNK)])
         look(torch.where(hole, bytes_of(back), real), hole, hole=kind, method="first stage alone")
         look(filled(model, real, hole, given.steps), hole, hole=kind, method="model that reads the hole")
+        rivals: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
         for name, other in others.items():
             for resamplings in given.resamplings:
                 of = {"method": "RePaint", "model": Path(name).parent.name if "/" in name else name}
                 images = repainted(other, few, hole[: len(few)], given.levels, resamplings)
-                look(images, hole, hole=kind, **of, resamplings=resamplings)
+                of |= {"hole": kind, "resamplings": resamplings}
+                rivals.append((of, look(images, hole, **of)))
         if others:  # on the same images
-            look(filled(model, few, hole[: len(few)], given.steps), hole, hole=kind, method="the same, fewer images")
+            ours = look(
+                filled(model, few, hole[: len(few)], given.steps), hole, hole=kind, method="the same, fewer images"
+            )
+            for of, theirs in rivals:
+                numbers += [gain(f"{score}, RePaint less model", theirs[score], ours[score], of) for score in ours]
         known = before_pasting(model, few, hole[: len(few)], given.steps)
         error = (known.std() / len(known) ** 0.5).item()
         of = {"hole": kind, "method": "model that reads the hole"}
