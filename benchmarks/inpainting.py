@@ -133,9 +133,8 @@ def main() -> None:
                 of |= {"hole": kind, "resamplings": resamplings}
                 rivals.append((of, look(images, hole, **of)))
         if others:  # on the same images
-            ours = look(
-                filled(model, few, hole[: len(few)], given.steps), hole, hole=kind, method="the same, fewer images"
-            )
+            drawn = filled(model, few, hole[: len(few)], given.steps)
+            ours = look(drawn, hole, hole=kind, method="the same, fewer images")
             for of, theirs in rivals:
                 numbers += [gain(f"{score}, RePaint less model", theirs[score], ours[score], of) for score in ours]
         known = before_pasting(model, few, hole[: len(few)], given.steps)
