@@ -324,7 +324,7 @@ def test_a_module_of_ones_own_is_imported_first(tmp_path):
         return subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
 
     own = ("--import", "own_module")
-    done = typed(*own, "train", "shouted", "--device", "cpu", "--out", "run", "--cache-dir", "cache")
+    done = typed(*own, "train", "shouted", "--device", "cpu", "--precision", "fp32", "--out", "run", "--cache-dir", "cache")
     assert done.returncode == 0, done.stderr
     done = typed(*own, "sample", "a red ball", "--model", "run/model", "--steps", "2", "--device", "cpu")
     assert done.returncode == 0 and (tmp_path / "sample.png").exists(), done.stderr
@@ -555,7 +555,7 @@ def small_command(folder: Path, *words: str) -> list[str]:
     """What trains `OWN` in a process of its own, in a second."""
     (folder / "own_module.py").write_text(OWN)
     command = [sys.executable, "-m", "ldm_edu", "--import", "own_module", "train", "shouted", "--device", "cpu"]
-    return [*command, "--out", "run", "--cache-dir", "cache", "--every", "1", *words]
+    return [*command, "--precision", "fp32", "--out", "run", "--cache-dir", "cache", "--every", "1", *words]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a shell of Unix closes the streams")
