@@ -3,8 +3,10 @@
 
 VENV := .venv
 BIN  := $(VENV)/bin
-# Notebooks and test files that run side by side, and more words for pytest.
+# Notebooks and test files that run side by side, in the order of their names (pytest-xdist would begin with the files
+# of many tests, and leave those of a few long ones to the end, where one worker waits), and more words for pytest.
 JOBS ?= 2
+SPREAD := -n $(JOBS) --dist loadfile --no-loadscope-reorder
 PYTEST_ARGS ?=
 
 
@@ -34,21 +36,21 @@ demo: $(VENV)/.base  ## sample the shipped model, train a small one for a minute
 	$(BIN)/ldm-edu demo
 
 test: $(VENV)/.dev  ## run all notebooks under profile ci on toy data, and tests/
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest $(SPREAD) $(PYTEST_ARGS)
 
 test-real: $(VENV)/.dev  ## run the notebooks that read data on the real CelebA and COCO subsets in LDM_EDU_DATA_DIR
 	@test -d "$(REAL_DATA)" || { echo "make test-real: no folder with real data. Set LDM_EDU_DATA_DIR to one" \
 		"with celeba/ and coco/ in it; data/README.md says how each is obtained." >&2; exit 1; }
 	set -e; data=$$(cd "$(REAL_DATA)" && pwd); for dataset in celeba coco; do \
 		LDM_EDU_DATASET=$$dataset LDM_EDU_DATA_DIR="$$data" \
-			$(BIN)/python -m pytest $(PAGES_WITH_DATA) -n $(JOBS) --dist loadfile --no-compare; done
+			$(BIN)/python -m pytest $(PAGES_WITH_DATA) $(SPREAD) --no-compare; done
 
 # How many tries of each kind `make fuzz` makes.
 EXAMPLES ?= 1000
 
 fuzz: $(VENV)/.dev  ## try the public functions, files and commands with arguments of all kinds, for an hour or so
 	LDM_EDU_FUZZ_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -c tests/fuzz/pytest.ini --rootdir tests/fuzz \
-		tests/fuzz -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
+		tests/fuzz $(SPREAD) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev  ## check format, lint, types and spelling, and change nothing
 	$(BIN)/ruff check
