@@ -323,8 +323,8 @@ def test_a_module_of_ones_own_is_imported_first(tmp_path):
     def typed(*words):
         return subprocess.run([*command, *words], cwd=tmp_path, capture_output=True, text=True)
 
-    own = ("--import", "own_module")
-    done = typed(*own, "train", "shouted", "--device", "cpu", "--precision", "fp32", "--out", "run", "--cache-dir", "cache")
+    own, how = ("--import", "own_module"), ("--device", "cpu", "--precision", "fp32", "--cache-dir", "cache")
+    done = typed(*own, "train", "shouted", *how, "--out", "run")
     assert done.returncode == 0, done.stderr
     done = typed(*own, "sample", "a red ball", "--model", "run/model", "--steps", "2", "--device", "cpu")
     assert done.returncode == 0 and (tmp_path / "sample.png").exists(), done.stderr
