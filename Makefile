@@ -27,7 +27,7 @@ PAGES_WITH_DATA := $(if $(PAGES),$(shell grep -l 'settings\.data_dir' $(PAGES)))
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test test-real fuzz lint lab notebooks export clean
+.PHONY: help demo test test-real test-exercises fuzz lint lab notebooks export exercises clean
 
 help:  ## say what there is
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -44,6 +44,9 @@ test-real: $(VENV)/.dev  ## run the notebooks that read data on the real CelebA 
 	set -e; data=$$(cd "$(REAL_DATA)" && pwd); for dataset in celeba coco; do \
 		LDM_EDU_DATASET=$$dataset LDM_EDU_DATA_DIR="$$data" \
 			$(BIN)/python -m pytest $(PAGES_WITH_DATA) $(SPREAD) --no-compare; done
+
+test-exercises: $(VENV)/.dev  ## prove the graders of the exercises both ways, by nbgrader itself
+	LDM_EDU_NBGRADER=1 $(BIN)/python -m pytest tests/exercises/test_by_nbgrader.py -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
 
 # How many tries of each kind `make fuzz` makes.
 EXAMPLES ?= 1000
@@ -67,10 +70,14 @@ notebooks: $(VENV)/.dev  ## run all notebooks in place under profile laptop, the
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
 
-export: $(VENV)/.dev  ## format everything, clean the notebooks, write the modules that they export
+export: $(VENV)/.dev  ## format everything, clean the notebooks, write the modules and student exercises that they give
 	$(BIN)/ruff format
 	$(BIN)/nbdev-clean
 	$(BIN)/nbdev-export
+	$(MAKE) exercises
+
+exercises: $(VENV)/.dev  ## write the student version of the exercises into the package
+	$(BIN)/ldm-edu generate nbs/exercises --students ldm_edu/exercises/notebooks
 
 clean:  ## remove builds and caches (.venv, data/ and runs/ stay)
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info

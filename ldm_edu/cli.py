@@ -871,6 +871,117 @@ def doctor(
         raise typer.Exit(1)
 
 
+# --- Exercises, for students and for who grades them ---
+
+Course = Annotated[Path, typer.Argument(help="nbgrader's course folder: source/EXERCISE/EXERCISE.ipynb lies in it")]
+Chosen = Annotated[list[str] | None, typer.Option("--only", help="an exercise; again for several; default: all")]
+
+
+@app.command()
+def exercises(
+    folder: Annotated[Path, typer.Argument(help="folder to write them to; created where it is missing")],
+    only: Chosen = None,
+) -> None:
+    "Write the exercise notebooks for students: no solutions in them, and no file overwritten that is there."
+    from ldm_edu.exercises.student import write_exercises
+
+    new, kept = write_exercises(place(folder), only or ())
+    typer.echo(f"{len(new)} files written to {folder}")
+    if kept:
+        typer.echo(f"kept as they were: {', '.join(path.name for path in kept)}")
+
+
+@app.command()
+def generate(
+    course: Course = Path("nbs/exercises"),
+    only: Chosen = None,
+    students: Annotated[
+        Path | None,
+        typer.Option(help="folder for what students work on without nbgrader, as `ldm-edu exercises` writes it"),
+    ] = None,
+) -> None:
+    "For instructors: write the exercises to hand out, without solutions, to release/ of a course folder (nbgrader)."
+    from ldm_edu.exercises.student import save_student_version
+    from ldm_edu.grading.course import generate as hand_out
+
+    files = hand_out(place(course), only or ())
+    typer.echo(f"{len(files)} exercises in {files[0].parents[1]}")
+    if students is not None:
+        for file in files:
+            save_student_version(file, place(students) / file.name)
+        typer.echo(f"versions for students: {students}")
+
+
+@app.command()
+def grade(
+    course: Course = Path("nbs/exercises"),
+    submitted: Annotated[
+        Path | None,
+        typer.Option(help="folder with STUDENT/EXERCISE/EXERCISE.ipynb; default: submitted/ of the course folder"),
+    ] = None,
+    only: Chosen = None,
+    out: Annotated[Path, typer.Option(help="CSV file: one line for each submission")] = Path("grades.csv"),
+    feedback: Annotated[
+        Path | None,
+        typer.Option(help="folder for a page for each submission: points and messages, no test and no solution"),
+    ] = None,
+    memory: Annotated[float, typer.Option(min=4, help="address space that a submission may take, in GiB")] = 12.0,
+) -> None:
+    """For instructors: grade what was handed in by nbgrader, one submission at a time, with a reason for each oddity.
+
+    Code of students runs as you: use a machine, a container or a user that has nothing to lose.
+    """
+    from ldm_edu.grading.course import Graded, write_feedback, write_grades
+    from ldm_edu.grading.course import grade as grade_all
+
+    def say(one: Graded) -> None:
+        reasons = f"   {'; '.join(one.reasons)}" if one.reasons else ""
+        typer.echo(f"{one.student}  {one.exercise}  {one.score:g} of {one.most:g}{reasons}")
+
+    out = probe(out)
+    graded = grade_all(place(course), submitted and place(submitted), only or (), memory, say)
+    write_grades(graded, out)
+    typer.echo(f"{len(graded)} submissions: {out}")
+    if feedback is not None:
+        write_feedback(graded, place(feedback))
+        typer.echo(f"feedback: {feedback}")
+
+
+@app.command()
+def challenge(
+    folder: Annotated[Path, typer.Argument(help="folder with the folder of a model for each student: STUDENT/")],
+    n: Annotated[int, typer.Option(min=1, help="captions that every model draws")] = 256,
+    first: Annotated[int, typer.Option(min=0, help="index of the first caption in the split")] = 0,
+    split: Annotated[str, typer.Option(help="split of the captions: test or unseen_pairs")] = "test",
+    parameters: Annotated[
+        int, typer.Option(min=1, help="most parameters of UNet and conditioner together")
+    ] = 5_000_000,
+    seconds: Annotated[
+        float | None, typer.Option(min=0, help="most seconds of training, as the model says; default: any")
+    ] = None,
+    most_steps: Annotated[
+        int | None, typer.Option(min=1, help="most steps of training, as the model says; default: any")
+    ] = None,
+    scale: Annotated[float, typer.Option(help="guidance scale; 1 means no guidance")] = 3.0,
+    steps: Annotated[int, typer.Option(help="denoising steps")] = 25,
+    seed: Annotated[int, typer.Option(help="seed of the first image; each further image has the next one")] = 0,
+    out: Annotated[Path, typer.Option(help="CSV file of the table")] = Path("challenge.csv"),
+) -> None:
+    "Rank the models of a class by how many held-out captions of toy scenes they draw, each with its interval."
+    from ldm_edu.grading.challenge import Budget, Entry, write_table
+    from ldm_edu.grading.challenge import challenge as compare
+
+    def say(one: Entry) -> None:
+        typer.echo(f"{one.student}  {one.reason or one.prompts}")
+
+    _check_sampling(steps, scale)
+    check_choice("--split", split, ("test", "unseen_pairs"))
+    out = probe(out)
+    budget = Budget(parameters, seconds, most_steps)
+    write_table(compare(place(folder), n, first, split, budget, scale, steps, seed, say), out)
+    typer.echo(f"the table: {out}")
+
+
 # --- The course, and a demonstration ---
 
 

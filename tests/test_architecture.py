@@ -32,6 +32,8 @@ LEVELS = {
     "published": 9,
     "training": 10,
     "doctor": 10.5,
+    "exercises": 2,
+    "grading": 10.7,
     "cli": 11,
 }
 PAPER = ("first_stage", "diffusion", "denoiser", "conditioning", "latent_diffusion")

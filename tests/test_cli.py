@@ -535,14 +535,17 @@ def test_no_output_dies_of_a_code_page(charset, tmp_path, monkeypatch, quick_dem
             for name in ("sample", "train", "evaluate", "reconstruct", "demo", "data", "lab", "recipes")
         ),
         ["recipes"],
-        ["sample", PROMPT, *quick, "--out", "그림 ² ± – ….png"],
         ["sample", "그림 ±", *quick],
-        ["evaluate", "--n", 2, *quick],
-        ["reconstruct", "--n", 2, "--device", "cpu", "--out", "그림.png"],
-        ["demo", *quick],
-        ["train", "toy-demo", "--out", "그림"],
         ["train", "±²…"],
     ]
+    if charset in ("ascii", "gbk"):  # what these print does not depend on the page any further, and takes long
+        commands += [
+            ["sample", PROMPT, *quick, "--out", "그림 ² ± – ….png"],
+            ["evaluate", "--n", 2, *quick],
+            ["reconstruct", "--n", 2, "--device", "cpu", "--out", "그림.png"],
+            ["demo", *quick],
+            ["train", "toy-demo", "--out", "그림"],
+        ]
     for words in commands:
         result = CliRunner(charset=charset).invoke(app, [str(word) for word in words])
         assert isinstance(result.exception, SystemExit | None), (words, result.exception)

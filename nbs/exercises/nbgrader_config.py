@@ -1,0 +1,16 @@
+"""nbgrader's settings for the exercises: nbgrader reads this file, and so do `ldm-edu generate` and `ldm-edu grade`."""
+
+c = get_config()  # noqa: F821  nbgrader provides it
+
+c.CourseDirectory.course_id = "ldm_edu"
+
+# How long a cell of a submission may run, in seconds. The right answers take less than two a page.
+c.Execute.timeout = 60
+
+# A test cell that a student deleted is put back; otherwise its points would be lost without a word.
+c.OverwriteCells.add_missing_cells = True
+
+# nbgrader gives no points for a test cell that wrote to stderr, so a warning or a progress bar in a right answer would
+# cost its points. What a cell wrote there is removed before points are counted; an exception is no such text, and stays.
+c.IgnorePattern.enabled = True
+c.IgnorePattern.pattern = r"[\s\S]"
