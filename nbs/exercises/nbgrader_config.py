@@ -10,7 +10,7 @@ c.Execute.timeout = 60
 # A test cell that a student deleted is put back; otherwise its points would be lost without a word.
 c.OverwriteCells.add_missing_cells = True
 
-# nbgrader gives no points for a test cell that wrote to stderr, so a warning or a progress bar in a right answer would
-# cost its points. What a cell wrote there is removed before points are counted; an exception is no such text, and stays.
+# nbgrader gives no points for a test cell that wrote to stderr: a warning or progress bar in a right answer would cost
+# its points. What was written there is removed before points are counted; an exception is no such text, and stays.
 c.IgnorePattern.enabled = True
 c.IgnorePattern.pattern = r"[\s\S]"

@@ -1,6 +1,7 @@
 """The complete proof, by nbgrader's own `generate_assignment` and `autograde`: `make test-exercises`.
 
-All cases of an exercise are handed in as submissions of one class, and graded by `ldm_edu.grading.grade`.
+All cases of an exercise are handed in as submissions of one class, and graded by `ldm_edu.grading.grade`. A submission
+has one case in each of its answers: `test_graders.py`, which runs every case alone, shows that none costs another task.
 """
 
 import copy
@@ -18,7 +19,7 @@ from exercise import COURSE, NAMES, ROOT, STUB, Case, Exercise
 from ldm_edu.grading import Graded, generate, grade, write_feedback, write_grades
 
 EXERCISES = {name: Exercise(name) for name in NAMES}
-SECONDS = 10  # how long a cell may run where one never ends
+SECONDS = 5  # how long a cell may run where one never ends
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class Class:
     """A course folder in which one exercise was handed out, handed in and graded."""
 
     folder: Path
-    results: dict[str, Graded]  # what was handed in, by its name
+    results: dict[str, Graded]  # what was handed in, by the name of a case
+    together: dict[str, list[str]]  # the names of the cases that were handed in with it
 
 
 def course_folder(folder: Path, name: str, seconds: int | None = None) -> Path:
@@ -60,11 +62,25 @@ def answered(folder: Path, exercise: Exercise, changed: dict[str, str] | None = 
     return notebook
 
 
-def submissions(exercise: Exercise) -> list[tuple[str, str, dict[str, str] | None]]:
-    """Name, student ("": one of their own) and changed answers of everything that a class hands in."""
-    found = [("solution", "", {}), ("as handed out", "", None), ("stub", "", exercise.every_answer(STUB))]
+def bundles(cases: list[Case]) -> list[list[Case]]:
+    """Cases that can be handed in together: of different answers, and of the same student."""
+    found: list[list[Case]] = []
+    for case in cases:
+        fitting = (b for b in found if b[0].student == case.student and case.answer not in {c.answer for c in b})
+        if (bundle := next(fitting, None)) is None:
+            found.append([case])
+        else:
+            bundle.append(case)
+    return found
+
+
+def submissions(exercise: Exercise) -> list[tuple[list[str], str, dict[str, str] | None]]:
+    """Names, student ("": one of their own) and changed answers of everything that a class hands in."""
+    found = [(["solution"], "", {}), (["as handed out"], "", None), (["stub"], "", exercise.every_answer(STUB))]
     for kind in ("misconceptions", "right_answers"):
-        found += [(f"{kind}/{c.name}", c.student, exercise.patched(c)) for c in getattr(exercise, kind)]
+        for bundle in bundles(getattr(exercise, kind)):
+            changed = {cell: source for case in bundle for cell, source in exercise.patched(case).items()}
+            found.append(([f"{kind}/{case.name}" for case in bundle], bundle[0].student, changed))
     return found
 
 
@@ -76,7 +92,7 @@ def graded(tmp_path_factory):
     def graded(name: str) -> Class:
         exercise = EXERCISES[name]
         folder = course_folder(tmp_path_factory.mktemp(name), name)
-        rounds: list[dict[str, str]] = []  # of each: student to the name of what is handed in
+        rounds: list[dict[str, list[str]]] = []  # of each: student to the names of what is handed in
         for i, (what, student, changed) in enumerate(submissions(exercise)):
             student = student or f"student-{i:02d}"
             free = next((k for k, taken in enumerate(rounds) if student not in taken), len(rounds))
@@ -85,10 +101,12 @@ def graded(tmp_path_factory):
             rounds[free][student] = what
             notebook = released(folder, name) if changed is None else answered(folder, exercise, changed)
             hand_in(folder / f"submitted-{free}", student, name, notebook)
-        results = {}
+        results, together = {}, {}
         for k, taken in enumerate(rounds):
-            results |= {taken[one.student]: one for one in grade(folder, folder / f"submitted-{k}")}
-        return Class(folder, results)
+            for one in grade(folder, folder / f"submitted-{k}"):
+                results |= dict.fromkeys(taken[one.student], one)
+                together |= dict.fromkeys(taken[one.student], taken[one.student])
+        return Class(folder, results, together)
 
     return graded
 
@@ -124,10 +142,12 @@ def test_no_answer_gets_no_points(graded, name: str, what: str):
 
 @pytest.mark.parametrize(("name", "case"), everything("misconceptions"))
 def test_a_misconception_loses_its_points(graded, name: str, case: Case):
-    one = graded(name).results[f"misconceptions/{case.name}"]
+    everybody, which = graded(name), f"misconceptions/{case.name}"
+    one, handed_in = everybody.results[which], everybody.together[which]
     task = next(task for task in one.tasks if task.name == case.loses)
     assert task.points == 0 and case.says in task.message, task
-    assert lost(one) <= {case.loses, "test-picture"}, one.tasks
+    meant = {other.loses for other in EXERCISES[name].misconceptions if f"misconceptions/{other.name}" in handed_in}
+    assert lost(one) <= meant | {"test-picture"}, one.tasks
     assert not [reason for reason in one.reasons if "failed" in reason], one.reasons
 
 
@@ -200,7 +220,7 @@ def odd(tmp_path_factory) -> Class:
     assert before == {p: p.read_bytes() for p in (folder / "submitted").rglob("*.ipynb")}, (
         "what was handed in has changed"
     )
-    return Class(folder, results)
+    return Class(folder, results, {})
 
 
 @pytest.mark.xdist_group("odd")
@@ -218,7 +238,7 @@ def odd(tmp_path_factory) -> Class:
         ("loops", 5, "test-diffuse failed: it ran longer than a cell may"),
         ("syntax", 5, "the cell diffuse failed: SyntaxError"),
         ("exits", 0, "the kernel died"),
-        ("swallows", 0, "not graded"),
+        ("swallows", 5, "test-diffuse failed: it ran longer than a cell may"),
         ("empty", 0, "it has no cells"),
         ("no-json", 0, "holds no JSON"),
         ("nothing", 0, "21_diffusion.ipynb is missing"),
