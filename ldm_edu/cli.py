@@ -905,7 +905,7 @@ def generate(
     from ldm_edu.grading.course import generate as hand_out
 
     files = hand_out(place(course), only or ())
-    typer.echo(f"{len(files)} exercises in {files[0].parents[1]}")
+    typer.echo(f"{len(files)} exercise{'s' * (len(files) > 1)} in {files[0].parents[1]}")
     if students is not None:
         for file in files:
             save_student_version(file, place(students) / file.name)

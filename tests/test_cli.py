@@ -86,7 +86,7 @@ def test_an_unconditional_run_on_real_faces(real_data, tmp_path):
     assert result.exit_code == 0, result.output
 
 
-@pytest.mark.parametrize("command", ["demo", "lab", "data", "recipes", "train", "sample", "evaluate", "reconstruct"])
+@pytest.mark.parametrize("command", [command.name or command.callback.__name__ for command in app.registered_commands])
 def test_every_command_explains_itself(command):
     result = run(command, "--help")
     assert result.exit_code == 0 and "Usage" in result.output

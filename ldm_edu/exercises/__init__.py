@@ -5,9 +5,11 @@ import os
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Real
 from types import CodeType, FunctionType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from ldm_edu.errors import LDMError
@@ -53,7 +55,7 @@ class Variant:
 
 
 def close(
-    yours: Any,  # the answer: a tensor or a number
+    yours: Any,  # the answer: a tensor, an array of NumPy, or a number
     right: Any,  # what it should be
     tolerance: float = 1e-3,  # largest difference, as a share of the largest absolute value of `right`
 ) -> bool:
@@ -62,7 +64,9 @@ def close(
     Raises AssertionError where the two cannot be compared: another type, another shape (nothing is broadcast), or a
     value that is not finite. A dtype of another precision is accepted.
     """
-    assert isinstance(yours, torch.Tensor | int | float), f"a {type(yours).__name__} came back: a tensor is expected"
+    assert isinstance(yours, torch.Tensor | np.ndarray | Real), (
+        f"a {type(yours).__name__} came back: a tensor is expected"
+    )
     a, b = (torch.as_tensor(v).detach().cpu().double() for v in (yours, right))
     assert a.shape == b.shape, f"the shape is {tuple(a.shape)}: {tuple(b.shape)} is expected"
     assert a.isfinite().all(), "a value is infinite or not a number"

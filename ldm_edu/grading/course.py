@@ -217,9 +217,9 @@ def grade(
     course = Path(course).resolve()
     folder = Path(submitted).resolve() if submitted is not None else course / "submitted"
     api = _nbgrader(course, REPAIRED)
+    chosen = _chosen(names, course)
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: it should hold STUDENT/EXERCISE/EXERCISE.ipynb")
-    chosen = _chosen(names, course)
     found = [
         (student, place)
         for student in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))

@@ -1,5 +1,6 @@
 """What exercise notebooks use: variants, comparisons, and a closed book that no import gets around."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -47,7 +48,13 @@ def test_who_grades_says_whose_variant_it_is(monkeypatch):
 def test_close_goes_by_the_largest_value():
     right = torch.tensor([100.0, 0.0])
     assert close(right + 0.05, right) and not close(right + 0.2, right)
-    assert close(right.double(), right) and close(2.0, torch.tensor(2.0001)) and close(torch.zeros(3), torch.zeros(3))
+    assert (
+        close(right.double(), right)
+        and close(2.0, torch.tensor(2.0001))
+        and close(np.float32(2), 2.0)
+        and close(right.numpy(), right)
+        and close(torch.zeros(3), torch.zeros(3))
+    )
     assert close(torch.empty(0), torch.empty(0)) and not close(torch.ones(2), torch.zeros(2))
 
 

@@ -176,3 +176,16 @@ def test_pytest_runs_no_exercise():
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "nbs/exercises"]
     done = subprocess.run(command, cwd=ROOT, timeout=120, capture_output=True, text=True)
     assert "no tests" in done.stdout or "no tests" in done.stderr
+
+
+def test_the_index_and_the_page_for_instructors_show_every_exercise():
+    index = (ROOT / "nbs" / "index.ipynb").read_text(encoding="utf-8")
+    instructors = (ROOT / "INSTRUCTORS.md").read_text(encoding="utf-8")
+    for name in NAMES:
+        first = EXERCISES[name].cells[0]["source"]
+        about = {key: re.search(rf"\| {key} \| (.*?)(?: minutes)? \|", first) for key in ("you will practise", "time")}
+        practise, minutes = (match[1] for match in about.values() if match)
+        points = f"{sum(EXERCISES[name].tests.values()):g}"
+        assert f"| [{name}](../ldm_edu/exercises/notebooks/{name}.ipynb) | {practise} | {minutes} |" in index
+        assert f"| {name} | {minutes} | {points} |" in instructors
+        assert re.search(rf"\| \d \|.*\b{name}\b.*\|", instructors), f"{name} is in no week"
