@@ -934,13 +934,15 @@ def grade(
     from ldm_edu.grading.course import Graded, write_feedback, write_grades
     from ldm_edu.grading.course import grade as grade_all
 
+    out, so_far = probe(out), []
+
     def say(one: Graded) -> None:
         reasons = f"   {'; '.join(one.reasons)}" if one.reasons else ""
         typer.echo(f"{one.student}  {one.exercise}  {one.score:g} of {one.most:g}{reasons}")
+        so_far.append(one)
+        write_grades(so_far, out)  # an interruption loses no grade
 
-    out = probe(out)
     graded = grade_all(place(course), submitted and place(submitted), only or (), memory, say)
-    write_grades(graded, out)
     typer.echo(f"{len(graded)} submissions: {out}")
     if feedback is not None:
         write_feedback(graded, place(feedback))

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import pkgutil
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from numbers import Real
@@ -32,7 +33,9 @@ class Variant:
     ):
         if not isinstance(student, str) or not student.strip():
             raise LDMError(f'STUDENT={student!r} should be your id as a text, such as "ann"')
-        self.student = os.environ.get("LDM_EDU_STUDENT") or student.strip()  # who grades says whose variant it is
+        self.student = unicodedata.normalize(
+            "NFC", os.environ.get("LDM_EDU_STUDENT") or student.strip()
+        )  # who grades decides
         self.exercise = exercise
 
     def integer(

@@ -63,6 +63,8 @@ def write_exercises(
     A file that is there already is never overwritten: it may hold answers. Beside them goes a small pyproject.toml.
     """
     known = exercise_names()
+    if not known:
+        raise DataError(f"{SHIPPED} holds no exercise: install the package again")
     for name in names:
         if name not in known:
             raise LDMError(f"exercise {name!r} is not known; it can be {', '.join(known)}")

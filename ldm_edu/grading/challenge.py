@@ -74,22 +74,32 @@ def _over(costs: dict[str, Any], budget: Budget) -> str:
 
 
 def _enter(
-    folder: Path, captions: Sequence[str], reader: SceneReader, budget: Budget, scale: float, steps: int, seed: int
+    student: str,
+    folder: Path,
+    captions: Sequence[str],
+    reader: SceneReader,
+    budget: Budget,
+    scale: float,
+    steps: int,
+    seed: int,
 ) -> Entry:
     "One student's model on the captions; whatever is wrong with it becomes the reason."
+    costs: dict[str, Any] = {}
+    if not (folder / "config.json").exists() and (folder / "model" / "config.json").exists():
+        folder = folder / "model"  # the folder of a run
     try:
         model = LatentDiffusion.from_pretrained(str(folder))
         costs = _costs(model)
         if reason := _over(costs, budget):
-            return Entry(folder.name, **costs, reason=reason)
+            return Entry(student, **costs, reason=reason)
         if model.size != READER_SIZE:
-            return Entry(folder.name, **costs, reason=f"draws images of {model.size}²; the judge reads {READER_SIZE}²")
+            return Entry(student, **costs, reason=f"draws images of {model.size}²; the judge reads {READER_SIZE}²")
         images = draw_captions(model.eval(), captions, scale, steps, seed)
     except Exception as error:  # noqa: BLE001  one broken model ends no challenge
         kind = "" if isinstance(error, LDMError) else f"{type(error).__name__}: "
-        return Entry(folder.name, reason=printable(f"cannot draw: {kind}{brief(error)}"))
+        return Entry(student, **costs, reason=printable(f"cannot draw: {kind}{brief(error)}"))
     found = prompt_accuracy(images, captions, reader)
-    return Entry(folder.name, tuple(not v.missing for v in found.verdicts), found.things, **costs)
+    return Entry(student, tuple(not v.missing for v in found.verdicts), found.things, **costs)
 
 
 def challenge(
@@ -112,14 +122,16 @@ def challenge(
     check_count("n", n, 1, len(data))
     check_count("first", first, 0, len(data) - n)
     entrants = (
-        sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")) if folder.is_dir() else []
+        sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith((".", "__")))
+        if folder.is_dir()
+        else []
     )
     if not entrants:
         raise DataError(f"{folder} should hold a model's folder for each student: STUDENT/config.json")
     captions = [data.describe(i)[1][0] for i in range(first, first + n)]
     reader, entries = SceneReader.from_pretrained("scene-reader"), []
     for entrant in entrants:
-        entries.append(_enter(entrant, captions, reader, budget, scale, steps, seed))
+        entries.append(_enter(entrant.name, entrant, captions, reader, budget, scale, steps, seed))
         if after_each is not None:
             after_each(entries[-1])
     return entries
@@ -145,7 +157,8 @@ def rows(entries: Sequence[Entry]) -> list[list[str]]:
     "The table of a challenge, its first row the names of the columns; shares have 95 % intervals (Wilson)."
     order = ranked(entries)
     found = [["rank", "student", "captions", "things", "against the first", "parameters", "seconds", "steps", "reason"]]
-    for place, entry in enumerate(order, 1):
+    for entry in order:
+        place = 1 + sum(not other.reason and other.prompts.right > entry.prompts.right for other in order)
         costs = [f"{entry.parameters}", "" if math.isnan(entry.seconds) else f"{entry.seconds:.0f}", f"{entry.steps}"]
         if entry.reason:
             found.append(["", entry.student, "", "", "", *costs, entry.reason])

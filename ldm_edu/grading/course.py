@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 from ldm_edu.errors import DataError, LDMError
@@ -88,6 +89,7 @@ def _last_error(result: dict[str, Any]) -> str:
     if re.search(r"\bDeadKernelError\b", f"{result.get('log', '')}{result.get('error', '')}"):
         return "the kernel died: a cell ended the process, or took more memory than there is"
     lines = [line.strip() for line in f"{result.get('log', '')}\n{result.get('error', '')}".splitlines()]
+    lines = [line for line in lines if "Please see the the above traceback" not in line]  # which is not shown
     told = [line for line in lines if re.match(r"(\[ERROR\] )?[\w.]*(Error|Exception|Exit|Kernel\w+)\b.*:", line)]
     return printable((told or [line for line in lines if line] or ["nbgrader gave no reason"])[-1])[:300]
 
@@ -132,6 +134,8 @@ def _error_of(cell: dict[str, Any]) -> str:
         if output["output_type"] == "error":
             if output["ename"] in ("CellTimeoutError", "KeyboardInterrupt"):  # nbclient interrupts at the limit
                 return TOO_LONG
+            if output["ename"] == "NotImplementedError":
+                return "not answered yet"
             text = " ".join(str(output["evalue"]).split())
             told = text if output["ename"] == "AssertionError" else f"{output['ename']}: {text}".rstrip(": ")
             return printable(told or "AssertionError")[:400]
@@ -162,16 +166,43 @@ def _crashes(autograded: dict[str, Any]) -> list[str]:
 
 
 def _notebook(folder: Path, name: str) -> Path:
-    "The notebook of a submission; DataError where there is none."
-    if (folder / f"{name}.ipynb").is_file():
-        return folder / f"{name}.ipynb"
-    others = sorted(p.name for p in folder.glob("*.ipynb"))
+    "The notebook of a submission; DataError where there is none, or a link to a file of somebody else."
+    file = folder / f"{name}.ipynb"
+    if file.is_symlink() or folder.is_symlink():
+        raise DataError(f"{name}.ipynb is a link to another file: the notebook itself should be handed in")
+    if file.is_file():
+        return file
+    others = sorted(p.name for p in folder.iterdir())
     raise DataError(f"{name}.ipynb is missing" + (f"; there is {', '.join(others)}" if others else ""))
+
+
+def _copy_the_rest(submission: Path, place: Path) -> list[str]:
+    "Copy what lies beside the notebook of a submission, such as its time; a note where there are more notebooks."
+    rest = sorted(p for p in submission.iterdir() if p.is_file() and not p.is_symlink() and p.name != place.name)
+    for file in rest:
+        if file.suffix != ".ipynb":
+            write_bytes(file.read_bytes(), place.with_name(file.name))
+    more = [file.name for file in rest if file.suffix == ".ipynb"]
+    return [f"not graded: {', '.join(more)}"] if more else []
+
+
+def _refused(api: Any, course: Path, student: str, name: str, released: dict[str, Any], reasons: list[str]) -> Graded:
+    "A submission without points, also in nbgrader's gradebook, where an earlier one may have had some."
+    from nbgrader.api import Gradebook
+
+    rmtree(course / "autograded" / student / name, ignore_errors=True)
+    with Gradebook(api.coursedir.db_url, api.coursedir.course_id) as book:
+        book.update_or_create_student(student)
+        for notebook in book.update_or_create_submission(name, student).notebooks:
+            for given in notebook.grades:
+                given.auto_score, given.needs_manual_grade = 0, False
+        book.db.commit()
+    return Graded(student, name, _tasks(released, None, {}), reasons)
 
 
 def _grade_one(api: Any, course: Path, submission: Path, student: str, name: str, memory: float | None) -> Graded:
     "Grade one submission; whatever goes wrong becomes its reason."
-    from nbgrader.api import Gradebook, MissingEntry
+    from nbgrader.api import Gradebook
 
     from ldm_edu.grading.warm import kernels
 
@@ -180,25 +211,36 @@ def _grade_one(api: Any, course: Path, submission: Path, student: str, name: str
         notebook = read_submission(_notebook(submission, name))
         notes = repair(notebook, released, student)
     except DataError as error:
-        return Graded(student, name, _tasks(released, None, {}), [str(error)])
+        with _quiet():
+            return _refused(api, course, student, name, released, [str(error)])
     place = course / REPAIRED / student / name / f"{name}.ipynb"
     folder_for(place)
     save_json(notebook, place)
-    if (submission / "timestamp.txt").is_file():  # when it was handed in, for nbgrader's penalty of late ones
-        write_bytes((submission / "timestamp.txt").read_bytes(), place.with_name("timestamp.txt"))
+    notes += _copy_the_rest(submission, place)
     with _quiet(), kernels(memory, student):
         result = api.autograde(name, student)
     file = course / "autograded" / student / name / f"{name}.ipynb"
     if not result["success"] or not file.is_file():
-        return Graded(student, name, _tasks(released, None, {}), [*notes, f"not graded: {_last_error(result)}"])
+        with _quiet():
+            return _refused(api, course, student, name, released, [*notes, f"not graded: {_last_error(result)}"])
     autograded = json.loads(file.read_text(encoding="utf-8"))
-    try:
-        with Gradebook(api.coursedir.db_url, api.coursedir.course_id) as book:
-            grades = book.find_submission_notebook(name, name, student).grades
-            scores = {grade.name: grade.auto_score for grade in grades}
-    except MissingEntry:
-        return Graded(student, name, _tasks(released, None, {}), [*notes, "not graded: nbgrader kept no grades"])
+    with Gradebook(api.coursedir.db_url, api.coursedir.course_id) as book:
+        grades = book.find_submission_notebook(name, name, student).grades
+        scores = {grade.name: grade.auto_score for grade in grades}
     return Graded(student, name, _tasks(released, autograded, scores), [*notes, *_crashes(autograded)])
+
+
+def _handed_in(folder: Path, chosen: Sequence[str], known: Sequence[str]) -> tuple[list[Path], list[Graded]]:
+    "The submissions of the chosen exercises; and one line for each student, or file, that holds something else."
+    found, elsewhere = [], []
+    for student in sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__"))):
+        inside = sorted(p for p in student.iterdir() if not p.name.startswith(".")) if student.is_dir() else []
+        found += [place for place in inside if place.is_dir() and place.name in chosen]
+        odd = [p.name for p in inside if not (p.is_dir() and p.name in known)] if student.is_dir() else [student.name]
+        if odd:
+            reason = f"not graded: {', '.join(odd)}; STUDENT/EXERCISE/EXERCISE.ipynb is expected"
+            elsewhere.append(Graded(student.name, "", [], [reason]))
+    return found, elsewhere
 
 
 def grade(
@@ -220,19 +262,28 @@ def grade(
     chosen = _chosen(names, course)
     if not folder.is_dir():
         raise DataError(f"{folder} is no folder: it should hold STUDENT/EXERCISE/EXERCISE.ipynb")
-    found = [
-        (student, place)
-        for student in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        for place in sorted(p for p in student.iterdir() if p.is_dir() and p.name in chosen)
-    ]
+    found, elsewhere = _handed_in(folder, chosen, exercises_of(course))
     if not found:
         raise DataError(f"{folder} holds no submission: STUDENT/EXERCISE/EXERCISE.ipynb is expected")
-    generate(course, sorted({place.name for _, place in found}))
+    broken: dict[str, str] = {}  # exercises that cannot be handed out any more, and why
+    for name in sorted({place.name for place in found}):
+        try:
+            generate(course, [name])
+        except DataError as error:
+            broken[name] = str(error)
     graded = []
-    for student, place in found:
-        graded.append(_grade_one(api, course, place, student.name, place.name, memory))
+    for place in found:
+        student, name = place.parent.name, place.name
+        if name in broken:
+            graded.append(Graded(student, name, [], [broken[name]]))
+        else:
+            graded.append(_grade_one(api, course, place, student, name, memory))
         if after_each is not None:
             after_each(graded[-1])
+    for one in elsewhere:
+        graded.append(one)
+        if after_each is not None:
+            after_each(one)
     return graded
 
 
@@ -248,7 +299,7 @@ def write_grades(graded: Sequence[Graded], file: str | Path) -> None:
 
 def _cell_text(text: str) -> str:
     "A text that stands in one cell of a table in Markdown."
-    return re.sub(r"([\\|`*_<>\[\]])", r"\\\1", text)
+    return re.sub(r"([\\|`*<])", r"\\\1", text)
 
 
 def _feedback(one: Graded) -> str:
@@ -267,6 +318,8 @@ def write_feedback(graded: Sequence[Graded], folder: str | Path) -> list[Path]:
     "One page for each submission, FOLDER/STUDENT/EXERCISE.md: points and messages; solutions and tests stay with you."
     files = []
     for one in graded:
+        if not one.exercise:  # what belongs to no exercise
+            continue
         file = Path(folder) / one.student / f"{one.exercise}.md"
         folder_for(file)
         write_text(_feedback(one), file, DataError)

@@ -3,6 +3,7 @@
 import json
 import re
 import secrets
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def read_submission(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"{path.name} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path.name} is no notebook: it holds no JSON") from error
+        raise DataError(f"{path.name} is no notebook: it is empty, or holds no JSON") from error
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
         raise DataError(f"{path.name} is no notebook of format 4: it has no list of cells")
@@ -85,7 +86,11 @@ def _claim(cells: list[Cell], released: dict[str, Cell]) -> list[str]:
     return [
         *_told(copied, "stands more than once", "stand more than once"),
         *_told(restored, "had lost its metadata, which are restored", "had lost their metadata, which are restored"),
-        *_told(edited, "was changed and is as it was handed out", "were changed and are as they were handed out"),
+        *_told(
+            edited,
+            "differs from what is handed out now, and was replaced",
+            "differ from what is handed out now, and were replaced",
+        ),
     ]
 
 
@@ -123,8 +128,10 @@ def _other_student(cells: list[Cell], student: str) -> list[str]:
     "A note where the notebook names another student than the folder it lies in."
     texts = [re.search(r"^STUDENT\s*=\s*(['\"])(.*?)\1", c["source"], re.M) for c in cells if c["cell_type"] == "code"]
     named = [match[2].strip() for match in texts if match]
-    if named and named[0] != student:
-        return [f"STUDENT is {named[0]!r}, the folder is {student!r}: graded as the variant of the folder"]
+    if named and unicodedata.normalize("NFC", named[0]) != unicodedata.normalize("NFC", student):
+        return [
+            f"STUDENT is {named[0]!r}, the folder is {student!r}: graded as the folder's variant, and the notebook may have shown another"
+        ]
     return []
 
 

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ __all__ = ["kernels", "start"]
 
 _PRELOADED = ["ldm_edu", "matplotlib.pyplot", "ipykernel.kernelapp"]
 _NAME = "ldm_edu-warm"
+_starting = threading.Lock()  # threads start processes one after the other
 _limits: dict[str, Any] = {"memory": None, "student": None}  # what the next kernel gets
 
 
@@ -47,7 +49,7 @@ def start(
 ) -> BaseProcess:
     "A process that has imported PyTorch and the package at once, on Linux and macOS."
     process = _context().Process(target=target, args=args)
-    with _no_main():
+    with _starting, _no_main():
         process.start()
     return process
 

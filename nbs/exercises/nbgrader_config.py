@@ -4,8 +4,11 @@ c = get_config()  # noqa: F821  nbgrader provides it
 
 c.CourseDirectory.course_id = "ldm_edu"
 
-# How long a cell of a submission may run, in seconds. The right answers take less than two a page.
-c.Execute.timeout = 60
+# How long a cell of a submission may run, in seconds; then its test has no points, and the cells after it still run.
+# A page with the right answers takes a few seconds. A kernel that is slow to answer ends no grading.
+c.Execute.timeout = 120
+c.Execute.iopub_timeout = 30
+c.Execute.raise_on_iopub_timeout = False
 
 # A test cell that a student deleted is put back; otherwise its points would be lost without a word.
 c.OverwriteCells.add_missing_cells = True

@@ -5,7 +5,10 @@ python tests/exercises/prove.py --write          # all of them, and the table
 """
 
 import argparse
+import os
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 from exercise import NAMES, ROOT, STUB, Case, Exercise
 
@@ -31,7 +34,7 @@ def students(case: Case) -> tuple[str, ...]:
 
 def wrong_with_misconception(exercise: Exercise, case: Case, student: str) -> str:
     """Why the grader misses a misconception, or takes points for something else; empty where all is as it should be."""
-    result = exercise.run(exercise.patched(case), student)
+    result = exercise.run(exercise.patched(case), student, picture=False)
     message = result.messages.get(case.loses, "")
     if not message:
         return f"{case.loses} is passed"
@@ -39,7 +42,7 @@ def wrong_with_misconception(exercise: Exercise, case: Case, student: str) -> st
         return f"{case.loses} fails without saying {case.says!r}: {message}"
     if result.crashed:
         return f"raises an exception: {result.crashed}"
-    others = result.lost - {case.loses, "test-picture"}
+    others = result.lost - {case.loses}
     return f"other tasks lose points as well: { {t: result.messages[t] for t in others} }" if others else ""
 
 
@@ -49,27 +52,32 @@ def wrong_with_right_answer(exercise: Exercise, case: Case, student: str) -> str
     return str({**result.messages, **result.crashed} or "")
 
 
+def _complaints(wrong: Callable[[Exercise, Case, str], str], exercise: Exercise, case: Case) -> list[str]:
+    """What is wrong with a case, for each student whose variant is tried."""
+    return [f"{case.name!r}, {s}: {why}" for s in students(case) if (why := wrong(exercise, case, s))]
+
+
 def prove(exercise: Exercise) -> tuple[int, int]:
     """Run every case; print what is wrong; return how many misconceptions are missed and right answers rejected."""
-    for student in STUDENTS:
-        if (result := exercise.run(student=student)).lost or result.crashed:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        solved = pool.map(lambda student: exercise.run(student=student), STUDENTS)
+        blank = pool.map(lambda text: exercise.run(exercise.every_answer(text)), (STUB, "return None"))
+        wrong = [pool.submit(_complaints, wrong_with_misconception, exercise, c) for c in exercise.misconceptions]
+        right = [pool.submit(_complaints, wrong_with_right_answer, exercise, c) for c in exercise.right_answers]
+    for student, result in zip(STUDENTS, solved):
+        if result.lost or result.crashed:
             print(f"  the solution of {student}: {result.messages | result.crashed}")
-    for text in (STUB, "return None"):
-        result = exercise.run(exercise.every_answer(text))
+    for result in blank:
         if sum(result.earned.values()) or result.crashed:
-            print(f"  {text!r} for every answer: {result.earned}, {result.crashed}")
-    missed = rejected = 0
-    for case in exercise.misconceptions:
-        wrong = [(s, why) for s in students(case) if (why := wrong_with_misconception(exercise, case, s))]
-        missed += bool(wrong)
-        for student, why in wrong:
-            print(f"  misconception {case.name!r}, {student}: {why}")
-    for case in exercise.right_answers:
-        wrong = [(s, why) for s in students(case) if (why := wrong_with_right_answer(exercise, case, s))]
-        rejected += bool(wrong)
-        for student, why in wrong:
-            print(f"  right answer {case.name!r}, {student}: {why}")
-    return missed, rejected
+            print(f"  no answers: {result.earned}, {result.crashed}")
+    if len(exercise.misconceptions) < 6 or len(exercise.right_answers) < 3:
+        print("  at least six misconceptions and three other right answers are wanted")
+    for answer in set(exercise.answers) - {case.answer for case in exercise.misconceptions}:
+        print(f"  no misconception of the answer {answer!r}")
+    for kind, done in (("misconception", wrong), ("right answer", right)):
+        for complaint in (text for one in done for text in one.result()):
+            print(f"  {kind} {complaint}")
+    return sum(bool(one.result()) for one in wrong), sum(bool(one.result()) for one in right)
 
 
 def row(exercise: Exercise, missed: int, rejected: int) -> str:

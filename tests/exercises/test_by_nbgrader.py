@@ -36,8 +36,8 @@ def course_folder(folder: Path, name: str, seconds: int | None = None) -> Path:
     shutil.copytree(COURSE / "source" / name, folder / "source" / name)
     config = (COURSE / "nbgrader_config.py").read_text(encoding="utf-8")
     if seconds is not None:
-        assert "timeout = 60" in config
-        config = config.replace("timeout = 60", f"timeout = {seconds}")
+        assert "timeout = 120" in config
+        config = config.replace("timeout = 120", f"timeout = {seconds}")
     (folder / "nbgrader_config.py").write_text(config, encoding="utf-8")
     generate(folder)
     return folder
@@ -215,6 +215,11 @@ def odd(tmp_path_factory) -> Class:
     for student, notebook in odd_submissions(folder).items():
         hand_in(folder / "submitted", student, "21_diffusion", notebook)
     (folder / "submitted" / "nothing" / "21_diffusion").mkdir(parents=True)
+    (folder / "submitted" / "links" / "21_diffusion").mkdir(parents=True)
+    link = folder / "submitted" / "links" / "21_diffusion" / "21_diffusion.ipynb"
+    link.symlink_to(folder / "submitted" / "ann" / "21_diffusion" / "21_diffusion.ipynb")
+    (folder / "submitted" / "elsewhere").mkdir()
+    (folder / "submitted" / "elsewhere" / "21_diffusion.ipynb").write_text("{}", encoding="utf-8")
     before = {p: p.read_bytes() for p in (folder / "submitted").rglob("*.ipynb")}
     results = {one.student: one for one in grade(folder)}
     assert before == {p: p.read_bytes() for p in (folder / "submitted").rglob("*.ipynb")}, (
@@ -232,7 +237,7 @@ def odd(tmp_path_factory) -> Class:
         ("warns", 8, None),
         ("copied", 8, "test-diffuse stands more than once"),
         ("deleted", 8, "test-diffuse was missing and is put back"),
-        ("edited", 8, "test-diffuse was changed"),
+        ("edited", 8, "test-diffuse differs from what is handed out now"),
         ("metadata", 8, "had lost their metadata"),
         ("allocates", 5, "test-diffuse failed: MemoryError"),
         ("loops", 5, "test-diffuse failed: it ran longer than a cell may"),
@@ -242,6 +247,7 @@ def odd(tmp_path_factory) -> Class:
         ("empty", 0, "it has no cells"),
         ("no-json", 0, "holds no JSON"),
         ("nothing", 0, "21_diffusion.ipynb is missing"),
+        ("links", 0, "is a link to another file"),
     ],
 )
 def test_an_odd_submission_is_graded_or_refused_with_its_reason(odd, student: str, score: float, reason: str | None):
@@ -256,15 +262,17 @@ def test_all_that_was_handed_in_is_in_the_table(odd, tmp_path):
     write_grades(list(odd.results.values()), tmp_path / "grades.csv")
     with open(tmp_path / "grades.csv", encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["student"] for row in rows] == sorted(p.name for p in (odd.folder / "submitted").iterdir())
-    assert {row["max_score"] for row in rows} == {"8"}
+    assert sorted(row["student"] for row in rows) == sorted(p.name for p in (odd.folder / "submitted").iterdir())
+    assert {row["max_score"] for row in rows if row["exercise"]} == {"8"}
+    (stray,) = [row for row in rows if not row["exercise"]]
+    assert stray["student"] == "elsewhere" and "not graded: 21_diffusion.ipynb" in stray["reason"]
     assert all(row["reason"] for row in rows if row["score"] == "0")
 
 
 @pytest.mark.xdist_group("odd")
 def test_feedback_tells_what_is_wrong_and_shows_no_test(odd, tmp_path):
     files = write_feedback(list(odd.results.values()), tmp_path)
-    assert len(files) == len(odd.results)
+    assert len(files) == len(odd.results) - 1  # not of what belongs to no exercise
     page = (tmp_path / "syntax" / "21_diffusion.md").read_text(encoding="utf-8")
     assert "5 of 8 points" in page and "SyntaxError" in page and "assert " not in page and "closed_book" not in page
 
@@ -289,6 +297,7 @@ def test_nbgrader_goes_on_from_here(odd):
     with Gradebook(f"sqlite:///{odd.folder / 'gradebook.db'}", "ldm_edu") as book:
         scores = {s.student.id: s.score for s in book.assignment_submissions("21_diffusion")}
     assert scores["ann"] == scores["zoe"] == 8 and scores["syntax"] == 5
+    assert scores["exits"] == scores["empty"] == scores["links"] == 0
     assert (odd.folder / "autograded" / "ann" / "21_diffusion" / "21_diffusion.ipynb").is_file()
 
 
@@ -303,3 +312,28 @@ def test_the_extension_of_nbgrader_fits_this_jupyterlab():
     )
     text = listed.stdout + listed.stderr
     assert "@jupyter/nbgrader" in text and "OK" in text[text.index("@jupyter/nbgrader") :].split("\n")[0], text
+
+
+@pytest.mark.xdist_group("odd")
+def test_a_later_submission_replaces_the_earlier_one_everywhere(tmp_path):
+    from nbgrader.api import Gradebook
+
+    folder = course_folder(tmp_path / "course", "21_diffusion")
+    hand_in(folder / "first", "ann", "21_diffusion", answered(folder, EXERCISES["21_diffusion"]))
+    hand_in(folder / "second", "ann", "21_diffusion", "nothing any more")
+    assert [one.score for one in grade(folder, folder / "first")] == [8]
+    assert [one.score for one in grade(folder, folder / "second")] == [0]
+    with Gradebook(f"sqlite:///{folder / 'gradebook.db'}", "ldm_edu") as book:
+        assert book.find_submission("21_diffusion", "ann").score == 0
+    assert not (folder / "autograded" / "ann" / "21_diffusion").exists()
+
+
+@pytest.mark.xdist_group("odd")
+def test_a_broken_exercise_is_the_reason_and_ends_nothing(tmp_path):
+    folder = course_folder(tmp_path / "course", "21_diffusion")
+    hand_in(folder / "submitted", "ann", "21_diffusion", released(folder, "21_diffusion"))
+    source = folder / "source" / "21_diffusion" / "21_diffusion.ipynb"
+    text = source.read_text(encoding="utf-8")
+    source.write_text(text.replace("### END SOLUTION", "### END", 1), encoding="utf-8")
+    (one,) = grade(folder)
+    assert "cannot be handed out" in one.reasons[0] and "no end solution statement found" in one.reasons[0]
