@@ -77,7 +77,8 @@ export: $(VENV)/.dev  ## format everything, clean the notebooks, write the modul
 	$(MAKE) exercises
 
 exercises: $(VENV)/.dev  ## write the student version of the exercises into the package
-	$(BIN)/ldm-edu generate nbs/exercises --students ldm_edu/exercises/notebooks
+	course=$$(mktemp -d) && cp -r nbs/exercises/source nbs/exercises/nbgrader_config.py "$$course" && \
+		$(BIN)/ldm-edu generate "$$course" --students ldm_edu/exercises/notebooks && rm -rf "$$course"
 
 clean:  ## remove builds and caches (.venv, data/ and runs/ stay)
 	rm -rf build dist .pytest_cache .ruff_cache *.egg-info

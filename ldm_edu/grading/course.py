@@ -2,7 +2,6 @@
 
 import csv
 import io
-import json
 import os
 import re
 import sys
@@ -223,7 +222,7 @@ def _grade_one(api: Any, course: Path, submission: Path, student: str, name: str
     if not result["success"] or not file.is_file():
         with _quiet():
             return _refused(api, course, student, name, released, [*notes, f"not graded: {_last_error(result)}"])
-    autograded = json.loads(file.read_text(encoding="utf-8"))
+    autograded = load_json(file)
     with Gradebook(api.coursedir.db_url, api.coursedir.course_id) as book:
         grades = book.find_submission_notebook(name, name, student).grades
         scores = {grade.name: grade.auto_score for grade in grades}

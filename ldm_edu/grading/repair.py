@@ -1,6 +1,5 @@
 """A submitted notebook, made fit for grading: nothing that a student wrote is changed, what was lost is put back."""
 
-import json
 import re
 import secrets
 import unicodedata
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_edu.errors import DataError
+from ldm_edu.files import parse_json
 
 __all__ = ["read_submission", "repair"]
 
@@ -30,10 +30,10 @@ def grade_id(cell: Cell) -> str | None:
 def read_submission(path: Path) -> dict[str, Any]:
     "The notebook in a file, with cells that have all their parts; DataError, which says why, where there is none."
     try:
-        notebook = json.loads(path.read_text(encoding="utf-8-sig"))
+        notebook = parse_json(path.read_text(encoding="utf-8-sig"), nan=True)
     except OSError as error:
         raise DataError(f"{path.name} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise DataError(f"{path.name} is no notebook: it is empty, or holds no JSON") from error
     cells = notebook.get("cells") if isinstance(notebook, dict) else None
     if not isinstance(cells, list) or not all(isinstance(cell, dict) for cell in cells):
