@@ -45,12 +45,12 @@ class Graded:
     @property
     def score(self) -> float:
         "The points that were earned."
-        return sum(task.points for task in self.tasks)
+        return float(sum(task.points for task in self.tasks))
 
     @property
     def most(self) -> float:
         "The points that could be earned."
-        return sum(task.most for task in self.tasks)
+        return float(sum(task.most for task in self.tasks))
 
 
 def _nbgrader(course: Path, submitted: str | None = None) -> Any:

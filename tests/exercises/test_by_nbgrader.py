@@ -281,12 +281,9 @@ def test_feedback_tells_what_is_wrong_and_shows_no_test(odd, tmp_path):
 def test_no_kernel_is_left_over(odd):
     import psutil
 
-    ours = [
-        p
-        for p in psutil.process_iter(["cmdline"])
-        if p.info["cmdline"] and str(odd.folder) in " ".join(p.info["cmdline"])
-    ]
-    assert odd.results and not ours
+    (server,) = [p for p in psutil.Process().children() if "forkserver" in " ".join(p.cmdline())]
+    gone, alive = psutil.wait_procs(server.children(), timeout=20)
+    assert odd.results and not alive
 
 
 @pytest.mark.xdist_group("odd")
