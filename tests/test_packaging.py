@@ -92,7 +92,7 @@ def test_a_student_needs_the_wheel_alone(installed, tmp_path):
         "print(len(new), failed)\n"
     )
     printed = run(script, installed, tmp_path, before=NO_JUPYTER).strip().splitlines()[-1]
-    tests = ["test-amplitudes", "test-diffuse", "test-jump", "test-predict", "test-picture"]
+    tests = ["test-amplitudes", "test-diffuse", "test-jump", "test-picture"]  # a prediction is not checked in sight
     assert printed == f"16 {tests}"
 
 
