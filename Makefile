@@ -46,7 +46,7 @@ test-real: $(VENV)/.dev  ## run the notebooks that read data on the real CelebA 
 			$(BIN)/python -m pytest $(PAGES_WITH_DATA) $(SPREAD) --no-compare; done
 
 test-exercises: $(VENV)/.dev  ## prove the graders of the exercises both ways, by nbgrader itself
-	LDM_EDU_NBGRADER=1 $(BIN)/python -m pytest tests/exercises/test_by_nbgrader.py -n $(JOBS) --dist loadgroup $(PYTEST_ARGS)
+	LDM_EDU_NBGRADER=1 $(BIN)/python -m pytest tests/exercises/test_by_nbgrader.py -n $(JOBS) --no-loadscope-reorder $(PYTEST_ARGS)
 
 # How many tries of each kind `make fuzz` makes.
 EXAMPLES ?= 1000

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
+from ldm_edu.checks import MOST_SEED
 from ldm_edu.errors import LDMError
 
 __all__ = ["Variant", "close", "closed_book"]
@@ -24,6 +25,8 @@ class Variant:
     """What differs from student to student in one exercise: a shape, a parameterisation, a planted bug.
 
     The choices depend on `student`, `exercise` and the name of the choice alone: on no machine, and on no other choice.
+    The random numbers of PyTorch and NumPy begin anew, also by student and exercise: who is graded twice gets the same
+    points twice.
     """
 
     def __init__(
@@ -37,6 +40,8 @@ class Variant:
             "NFC", os.environ.get("LDM_EDU_STUDENT") or student.strip()
         )  # who grades decides
         self.exercise = exercise
+        torch.manual_seed(self.integer("random numbers", 0, MOST_SEED))
+        np.random.seed(self.integer("random numbers of NumPy", 0, MOST_SEED))
 
     def integer(
         self,

@@ -111,61 +111,6 @@ def graded(tmp_path_factory):
     return graded
 
 
-def lost(one: Graded) -> set[str]:
-    return {task.name for task in one.tasks if task.points < task.most}
-
-
-def everything(kind: str) -> list:
-    return [
-        pytest.param(name, case, id=f"{name}-{kind[:-1]}-{case.name}", marks=pytest.mark.xdist_group(name))
-        for name, exercise in EXERCISES.items()
-        for case in getattr(exercise, kind)
-    ]
-
-
-SOME = pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in NAMES])
-
-
-@SOME
-def test_the_solution_gets_full_marks(graded, name: str):
-    one = graded(name).results["solution"]
-    assert one.score == one.most == sum(EXERCISES[name].tests.values()), one.tasks
-
-
-@SOME
-@pytest.mark.parametrize("what", ["as handed out", "stub"])
-def test_no_answer_gets_no_points(graded, name: str, what: str):
-    one = graded(name).results[what]
-    assert one.score == 0 and one.most == sum(EXERCISES[name].tests.values())
-    assert not [reason for reason in one.reasons if "failed" in reason], "a cell without points raises"
-
-
-@pytest.mark.parametrize(("name", "case"), everything("misconceptions"))
-def test_a_misconception_loses_its_points(graded, name: str, case: Case):
-    everybody, which = graded(name), f"misconceptions/{case.name}"
-    one, handed_in = everybody.results[which], everybody.together[which]
-    task = next(task for task in one.tasks if task.name == case.loses)
-    assert task.points == 0 and case.says in task.message, task
-    meant = {other.loses for other in EXERCISES[name].misconceptions if f"misconceptions/{other.name}" in handed_in}
-    assert lost(one) <= meant | {"test-picture"}, one.tasks
-    assert not [reason for reason in one.reasons if "failed" in reason], one.reasons
-
-
-@pytest.mark.parametrize(("name", "case"), everything("right_answers"))
-def test_another_right_answer_gets_full_marks(graded, name: str, case: Case):
-    one = graded(name).results[f"right_answers/{case.name}"]
-    assert one.score == one.most, one.tasks
-
-
-@SOME
-def test_what_ships_is_what_nbgrader_hands_out(graded, name: str, tmp_path):
-    from ldm_edu.exercises.student import save_student_version
-
-    save_student_version(graded(name).folder / "release" / name / f"{name}.ipynb", tmp_path / "new.ipynb")
-    shipped = ROOT / "ldm_edu" / "exercises" / "notebooks" / f"{name}.ipynb"
-    assert shipped.read_text(encoding="utf-8") == (tmp_path / "new.ipynb").read_text(encoding="utf-8"), "make exercises"
-
-
 # --- What goes wrong in a class ---
 
 
@@ -228,7 +173,6 @@ def odd(tmp_path_factory) -> Class:
     return Class(folder, results, {})
 
 
-@pytest.mark.xdist_group("odd")
 @pytest.mark.parametrize(
     ("student", "score", "reason"),
     [
@@ -257,7 +201,6 @@ def test_an_odd_submission_is_graded_or_refused_with_its_reason(odd, student: st
     assert (reason in "; ".join(ours)) if reason else not ours, one.reasons
 
 
-@pytest.mark.xdist_group("odd")
 def test_all_that_was_handed_in_is_in_the_table(odd, tmp_path):
     write_grades(list(odd.results.values()), tmp_path / "grades.csv")
     with open(tmp_path / "grades.csv", encoding="utf-8", newline="") as file:
@@ -269,7 +212,6 @@ def test_all_that_was_handed_in_is_in_the_table(odd, tmp_path):
     assert all(row["reason"] for row in rows if row["score"] == "0")
 
 
-@pytest.mark.xdist_group("odd")
 def test_feedback_tells_what_is_wrong_and_shows_no_test(odd, tmp_path):
     files = write_feedback(list(odd.results.values()), tmp_path)
     assert len(files) == len(odd.results) - 1  # not of what belongs to no exercise
@@ -277,7 +219,6 @@ def test_feedback_tells_what_is_wrong_and_shows_no_test(odd, tmp_path):
     assert "5 of 8 points" in page and "SyntaxError" in page and "assert " not in page and "closed_book" not in page
 
 
-@pytest.mark.xdist_group("odd")
 def test_no_kernel_is_left_over(odd):
     import psutil
 
@@ -286,7 +227,6 @@ def test_no_kernel_is_left_over(odd):
     assert odd.results and not alive
 
 
-@pytest.mark.xdist_group("odd")
 def test_nbgrader_goes_on_from_here(odd):
     """The gradebook and the folders are nbgrader's own: formgrader and `nbgrader export` see the same points."""
     from nbgrader.api import Gradebook
@@ -298,7 +238,6 @@ def test_nbgrader_goes_on_from_here(odd):
     assert (odd.folder / "autograded" / "ann" / "21_diffusion" / "21_diffusion.ipynb").is_file()
 
 
-@pytest.mark.xdist_group("odd")
 def test_the_extension_of_nbgrader_fits_this_jupyterlab():
     import subprocess
     import sys
@@ -311,7 +250,6 @@ def test_the_extension_of_nbgrader_fits_this_jupyterlab():
     assert "@jupyter/nbgrader" in text and "OK" in text[text.index("@jupyter/nbgrader") :].split("\n")[0], text
 
 
-@pytest.mark.xdist_group("odd")
 def test_a_later_submission_replaces_the_earlier_one_everywhere(tmp_path):
     from nbgrader.api import Gradebook
 
@@ -325,7 +263,6 @@ def test_a_later_submission_replaces_the_earlier_one_everywhere(tmp_path):
     assert not (folder / "autograded" / "ann" / "21_diffusion").exists()
 
 
-@pytest.mark.xdist_group("odd")
 def test_a_broken_exercise_is_the_reason_and_ends_nothing(tmp_path):
     folder = course_folder(tmp_path / "course", "21_diffusion")
     hand_in(folder / "submitted", "ann", "21_diffusion", released(folder, "21_diffusion"))
@@ -334,3 +271,61 @@ def test_a_broken_exercise_is_the_reason_and_ends_nothing(tmp_path):
     source.write_text(text.replace("### END SOLUTION", "### END", 1), encoding="utf-8")
     (one,) = grade(folder)
     assert "cannot be handed out" in one.reasons[0] and "no end solution statement found" in one.reasons[0]
+
+
+# --- Every case of every exercise ---
+
+
+def lost(one: Graded) -> set[str]:
+    return {task.name for task in one.tasks if task.points < task.most}
+
+
+def everything(kind: str) -> list:
+    return [
+        pytest.param(name, case, id=f"{name}-{kind[:-1]}-{case.name}")
+        for name, exercise in EXERCISES.items()
+        for case in getattr(exercise, kind)
+    ]
+
+
+SOME = pytest.mark.parametrize("name", NAMES)
+
+
+@SOME
+def test_the_solution_gets_full_marks(graded, name: str):
+    one = graded(name).results["solution"]
+    assert one.score == one.most == sum(EXERCISES[name].tests.values()), one.tasks
+
+
+@SOME
+@pytest.mark.parametrize("what", ["as handed out", "stub"])
+def test_no_answer_gets_no_points(graded, name: str, what: str):
+    one = graded(name).results[what]
+    assert one.score == 0 and one.most == sum(EXERCISES[name].tests.values())
+    assert not [reason for reason in one.reasons if "failed" in reason], "a cell without points raises"
+
+
+@pytest.mark.parametrize(("name", "case"), everything("misconceptions"))
+def test_a_misconception_loses_its_points(graded, name: str, case: Case):
+    everybody, which = graded(name), f"misconceptions/{case.name}"
+    one, handed_in = everybody.results[which], everybody.together[which]
+    task = next(task for task in one.tasks if task.name == case.loses)
+    assert task.points == 0 and case.says in task.message, task
+    meant = {other.loses for other in EXERCISES[name].misconceptions if f"misconceptions/{other.name}" in handed_in}
+    assert lost(one) <= meant | {"test-picture"}, one.tasks
+    assert not [reason for reason in one.reasons if "failed" in reason], one.reasons
+
+
+@pytest.mark.parametrize(("name", "case"), everything("right_answers"))
+def test_another_right_answer_gets_full_marks(graded, name: str, case: Case):
+    one = graded(name).results[f"right_answers/{case.name}"]
+    assert one.score == one.most, one.tasks
+
+
+@SOME
+def test_what_ships_is_what_nbgrader_hands_out(graded, name: str, tmp_path):
+    from ldm_edu.exercises.student import save_student_version
+
+    save_student_version(graded(name).folder / "release" / name / f"{name}.ipynb", tmp_path / "new.ipynb")
+    shipped = ROOT / "ldm_edu" / "exercises" / "notebooks" / f"{name}.ipynb"
+    assert shipped.read_text(encoding="utf-8") == (tmp_path / "new.ipynb").read_text(encoding="utf-8"), "make exercises"

@@ -31,6 +31,16 @@ def test_every_option_is_somebodys():
     assert numbers == {3, 4, 5}
 
 
+def test_random_numbers_are_those_of_the_student_at_every_run():
+    def drawn(student: str, exercise: str) -> tuple:
+        Variant(student, exercise)
+        return torch.rand(()).item(), np.random.random()
+
+    assert drawn("ann", "x") == drawn("ann", "x")
+    four = [drawn(student, exercise) for student in ("ann", "bob") for exercise in ("x", "y")]
+    assert len({a for a, _ in four}) == len({b for _, b in four}) == 4
+
+
 @pytest.mark.parametrize("student", ["", "  "])
 def test_a_student_needs_an_id(student):
     with pytest.raises(LDMError, match="STUDENT=.* should be your id"):
