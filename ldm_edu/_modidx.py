@@ -1166,6 +1166,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          'ldm_edu/training/recipes.py'),
                                           'ldm_edu.training.recipes._frozen': ( '5_latent_diffusion/recipes.html#_frozen',
                                                                                 'ldm_edu/training/recipes.py'),
+                                          'ldm_edu.training.recipes._toy32': ( '5_latent_diffusion/recipes.html#_toy32',
+                                                                               'ldm_edu/training/recipes.py'),
                                           'ldm_edu.training.recipes._toy_model': ( '5_latent_diffusion/recipes.html#_toy_model',
                                                                                    'ldm_edu/training/recipes.py'),
                                           'ldm_edu.training.recipes._translated': ( '5_latent_diffusion/recipes.html#_translated',

@@ -558,6 +558,10 @@ def train(
         bool, typer.Option(help="keep images and weights in channels-last memory order: often faster on NVIDIA GPUs")
     ] = False,
     every: Annotated[int, typer.Option(min=1, help="steps between lines of the log")] = 100,
+    sample_every: Annotated[
+        int | None,
+        typer.Option(min=0, help="steps between samples drawn into the folder's samples/; 0: never; default: a tenth"),
+    ] = None,
     snapshot_every: Annotated[
         int | None,
         typer.Option(min=1, help="steps between models that are kept on the way, in the folder's snapshots/"),
@@ -582,6 +586,7 @@ def train(
         resume=resume,
         extend=extend,
         every=every,
+        sample_every=sample_every,
         snapshot_every=snapshot_every,
         compile=compile,
         channels_last=channels_last,

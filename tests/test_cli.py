@@ -449,6 +449,17 @@ def test_the_numbers_of_sets_and_of_steps_between_snapshots_are_passed_on(tmp_pa
     assert asked == [1, 3, None, 500]
 
 
+def test_samples_on_the_way_can_be_left_out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("ldm_edu.cli.train_recipe", lambda *given: asked.append(given[-1].sample_every) or 1 / 0)
+    for words in ([], ["--sample-every", 0], ["--sample-every", 50]):
+        assert isinstance(run("train", "toy-demo", "--device", "cpu", *words).exception, ZeroDivisionError)
+    assert asked == [None, 0, 50]
+    result = run("train", "toy-demo", "--sample-every", -1)
+    assert result.exit_code == 2 and "Invalid value for '--sample-every'" in result.output
+
+
 def test_scores_that_could_not_be_written_are_not_measured(no_work, tmp_path, monkeypatch):
     shutil.copytree(PRETRAINED / "toy-text2image", tmp_path / "model")
     monkeypatch.setattr("ldm_edu.files.atomic", refuse_to_write)

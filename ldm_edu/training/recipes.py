@@ -546,6 +546,33 @@ CELEBA64_INPAINTING = _celeba_f4(
     "celeba64-inpainting", "faces with a hole to whole faces, from your own copy of CelebA", TOY_INPAINTING, 7000
 )
 
+# %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #5e63a011
+def _toy32(f: int, steps: int, regulariser: str = "kl") -> Recipe:
+    "One of the models of 66_compression; `steps` of its UNet take about a quarter of an hour on one core."
+    training = Training(2500, batch_size=16, lr=2e-3, ema=0.998, images=20_000, held_out=64)
+    levels = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 4, 5)}[f]
+    kept = {"multipliers": levels, "latent_channels": {1: 3, 2: 2, 4: 3, 8: 4}[f]}  # channels as in table 8
+    first = FirstStageRecipe(None if f == 1 else training, regulariser="none" if f == 1 else regulariser, **kept)
+    channels, widths = {1: (32, (1, 1, 2)), 2: (32, (1, 2)), 4: (64, (1,)), 8: (64, (1,))}[f]
+    unet = DiffusionRecipe(
+        # No decay: what was learned after a part of the steps is what a run of that length would have learned.
+        training=Training(steps, batch_size=32, lr=1e-3, ema=0.998, decay=False, images=20_000, held_out=64),
+        channels=channels,
+        multipliers=widths,
+        attention_factors=(max(1, 4 // f),),  # at 8² positions, and 4² where there are no more
+        blocks=1,
+        conditioners=(replace(TOY_TEXT, arguments={**TOY_TEXT.arguments, "dim": 64, "depth": 1}),),
+        schedule="cosine",
+        prediction="v",
+    )
+    text = Training(300, batch_size=32, lr=2e-3, ema=0.97, images=20_000)
+    kind = "pixels" if f == 1 else f"latents of {regulariser.upper()}, f = {f}"
+    name, about = f"toy32-{'vq-' * (regulariser == 'vq')}f{f}", f"captions of drawn scenes to images of 32², {kind}"
+    return Recipe(name, about, "toy", 32, first, unet, text=text)
+
+
+TOY32 = (_toy32(1, 750), _toy32(2, 1600), _toy32(4, 2600), _toy32(8, 8000), _toy32(4, 2600, "vq"))
+
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #c5aa636d
 @dataclass(frozen=True)
 class ReaderRecipe(Trained):
@@ -610,8 +637,9 @@ _TASKS = (TOY_SUPER_RESOLUTION, TOY_BLIND, TOY_INPAINTING, TOY_MAPS, CELEBA64_SU
 _TWINS = (TOY_FACES_L1, TOY_FACES_L2, TOY_FACES_FEATURES, TOY_FACES_ALL)
 _FIRST_STAGES = (TOY_KL_F4, TOY_VQ_F4, *_TWINS, TOY_FACES_F4)
 _JUDGES = (SCENE_READER, TOY_FEATURES)
+_ALL = (*_MODELS, *_CONDITIONS, *_FACES, *_TASKS, *TOY32, *_FIRST_STAGES, *_JUDGES)
 
-RECIPES = {recipe.name: recipe for recipe in (*_MODELS, *_CONDITIONS, *_FACES, *_TASKS, *_FIRST_STAGES, *_JUDGES)}
+RECIPES = {recipe.name: recipe for recipe in _ALL}
 
 # %% ../../nbs/5_latent_diffusion/52_recipes.ipynb #e9a2a613
 AnyRecipe = Recipe | AutoencoderRecipe | ReaderRecipe | FeaturesRecipe
