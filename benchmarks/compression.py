@@ -188,7 +188,8 @@ def enlarged(images: Tensor) -> Tensor:
 
 def scenes(split: str, rows: Sequence[int]) -> dict[str, Any]:
     """Images of 32² and their captions."""
-    return collate(open_dataset("toy", None, split, 32, keys=("image", "caption")).__getitems__(list(rows)))
+    data = open_dataset("toy", None, split, 32, keys=("image", "caption"))
+    return collate([data[i] for i in rows])
 
 
 class Judges:
@@ -300,7 +301,7 @@ def score_all(given: argparse.Namespace) -> None:
 
 def main() -> None:
     """Train or score."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("train", "score"))
     parser.add_argument("--minutes", type=float, default=15, help="of each UNet's training")
     parser.add_argument("--n", type=int, default=256, help="images of a set")
