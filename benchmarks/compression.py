@@ -36,6 +36,7 @@ from ldm_edu.training.run import RunOptions
 
 RESULTS = Path(__file__).resolve().parent.parent / "ldm_edu" / "results" / "compression.json"
 SLOWEST = "toy32-f1"
+PACED = 48  # steps by which the time of a step is measured first; two thirds of them count
 MOMENTS = 8  # models that are kept of the slowest run, at equal distances
 JUDGED = (1, 2, 4, 8)  # eighths of each run, and of the steps of the slowest one, after which images are judged
 COMMAND = "python benchmarks/compression.py train --minutes 15 && python benchmarks/compression.py score"
@@ -144,7 +145,7 @@ def pace(folder: Path) -> float:
 
 
 def plan(variant: Variant, recipe: Recipe, runs: Path, minutes: float) -> tuple[int, int]:
-    """How many steps fit into the time, by 48 first steps of which 32 are counted, and steps between kept models.
+    """How many steps fit into the time, by `PACED` first steps, and steps between kept models.
 
     The slowest run keeps a model of each eighth of its steps, and all others keep one after as many steps as it does.
     """
@@ -153,7 +154,7 @@ def plan(variant: Variant, recipe: Recipe, runs: Path, minutes: float) -> tuple[
     key = variant.folder.partition("-seed")[0]
     if key not in known:
         folder = runs / f"pace-{key}"
-        run(recipe.shortened(48), folder, runs, every=16)
+        run(recipe.shortened(PACED), folder, runs, every=PACED // 3)
         stride = known[SLOWEST] // MOMENTS if SLOWEST in known else 1
         steps = stride * round(60 * minutes / pace(folder) / stride)
         steps -= steps % (MOMENTS if key == SLOWEST else stride)
@@ -224,7 +225,7 @@ def score_run(folder: Path, judges: Judges, sets: int, given: argparse.Namespace
     path = folder / "scores.json"
     asked = {"n": given.n, "steps": given.steps}
     known = load_json(path) if path.exists() else asked
-    if asked.items() - known.items():
+    if any(known.get(name) != value for name, value in asked.items()):
         raise SystemExit(f"{path} is of other settings: remove it, or ask for them again")
     plans = load_json(given.runs / "plan.json")
     for step in moments(plans[folder.name.partition("-seed")[0]], plans[SLOWEST]):

@@ -3,7 +3,8 @@
     python benchmarks/efficiency.py                          # all pieces, about an hour on one core
     python benchmarks/efficiency.py --only placement large   # some of them
 
-alike: one network, on pixels and on latents of f = 4, with attention at a quarter of its input's side and without any.
+alike: one network, on pixels and on latents of f = 4, with attention at a quarter of its input's side, and
+with that of its middle block alone.
 Its ratio is explained by counts: positions, operations, bytes that are kept for the backward pass.
 placement: UNets with attention at maps of 32², 16² and 8², as in tables 13 and 14, for f = 1, 4 and 8.
 memory: the peak of each of them above the same process before its first step, every one in a process of its own.
@@ -66,7 +67,7 @@ class Network:
     @property
     def of(self) -> dict[str, Any]:
         """What a number says of it."""
-        told = ", ".join(map(str, self.attention)) or "none"
+        told = ", ".join(map(str, self.attention)) or "middle only"
         return {"piece": self.piece, "f": self.f, "attention factors": told}
 
     def recipe(self, size: int) -> Recipe:
