@@ -6,7 +6,8 @@
 `train` trains the first stages, then each UNet for as many steps as fit into the time, by the processor time of its
 first steps. `score` draws images with every kept model and measures them. Runs lie in --runs, and nothing that is
 there is done again; two processes may share the work: `train --share 0 2` and `train --share 1 2`. Writes
-ldm_edu/results/compression.json.
+ldm_edu/results/compression.json, where numbers of runs that are not in --runs stay, and for each f a picture
+ldm_edu/results/compression_fF.png: eight captions, a row for each moment.
 """
 
 import argparse
@@ -24,12 +25,13 @@ from ldm_edu import LatentDiffusion, SceneReader, load_first_stage
 from ldm_edu.data.batches import collate
 from ldm_edu.data.registry import open_dataset
 from ldm_edu.data.toy.captions import read_caption
+from ldm_edu.display import grid, save
 from ldm_edu.evaluation.distances import frechet_distance
 from ldm_edu.evaluation.extractors import extract, find_extractor
 from ldm_edu.evaluation.judge import prompt_accuracy
 from ldm_edu.evaluation.metrics import psnr
 from ldm_edu.files import load_json, save_json
-from ldm_edu.measurements import Measurement, measured_here
+from ldm_edu.measurements import Measurement, load_measurements, measured_here
 from ldm_edu.training.dispatch import train
 from ldm_edu.training.recipes import AutoencoderRecipe, Recipe, find_recipe
 from ldm_edu.training.run import RunOptions
@@ -38,6 +40,7 @@ RESULTS = Path(__file__).resolve().parent.parent / "ldm_edu" / "results" / "comp
 SLOWEST = "toy32-f1"
 PACED = 48  # steps by which the time of a step is measured first; two thirds of them count
 MOMENTS = 8  # models that are kept of the slowest run, at equal distances
+SHOWN = 8  # captions of a picture
 JUDGED = (1, 2, 4, 8)  # eighths of each run, and of the steps of the slowest one, after which images are judged
 COMMAND = "python benchmarks/compression.py train --minutes 15 && python benchmarks/compression.py score"
 TITLE = "Which f? Models of a million parameters, trained for equal times on scenes of 32²"
@@ -89,6 +92,7 @@ VARIANTS = (
     Variant("toy32-f1", batch=7),  # batch sizes of table 13: what fits on one A100
     Variant("toy32-f4", batch=40),
 )
+PICTURED = tuple(Variant(f"toy32-f{f}") for f in (1, 2, 4, 8))
 
 
 # --- Training ---
@@ -213,11 +217,29 @@ class Judges:
         return {"excess": excess, **{name: [share.right, share.n] for name, share in shares.items()}}
 
 
+def eighths(steps: int, slowest: int) -> list[int]:
+    """The kept models that are nearest to `JUDGED` eighths of a run."""
+    stride = slowest // MOMENTS
+    return sorted({stride * max(1, round(steps * part / MOMENTS / stride)) for part in JUDGED})
+
+
 def moments(steps: int, slowest: int) -> list[int]:
     """The steps after which a run is judged: eighths of its own steps and of the slowest run's."""
-    stride = slowest // MOMENTS
-    own = {stride * max(1, round(steps * part / MOMENTS / stride)) for part in JUDGED}
-    return sorted(own | {stride * part for part in JUDGED if stride * part <= steps})
+    return sorted({*eighths(steps, slowest), *(step for step in eighths(slowest, slowest) if step <= steps)})
+
+
+def kept_model(folder: Path, step: int) -> LatentDiffusion:
+    """The model of a run after some steps."""
+    return LatentDiffusion.from_pretrained(folder / "snapshots" / f"diffusion-{step:06d}")
+
+
+def picture(variant: Variant, captions: Sequence[str], given: argparse.Namespace) -> None:
+    """The same captions and noise after each eighth of a run, as the score's first images."""
+    plans, rows = load_json(given.runs / "plan.json"), []
+    for step in eighths(plans[variant.name], plans[SLOWEST]):
+        model = kept_model(given.runs / variant.folder, step)
+        rows.append(model.sample(list(captions[:SHOWN]), steps=given.steps, scale=1.0, seed=0))
+    save(grid(torch.cat(rows), columns=SHOWN, pad=0), RESULTS.parent / f"compression_f{variant.of['f']}.png")
 
 
 def score_run(folder: Path, judges: Judges, sets: int, given: argparse.Namespace) -> dict[str, Any]:
@@ -232,7 +254,7 @@ def score_run(folder: Path, judges: Judges, sets: int, given: argparse.Namespace
         for k in range(sets):
             if (key := f"{step}/{k}") in known:
                 continue
-            model = LatentDiffusion.from_pretrained(folder / "snapshots" / f"diffusion-{step:06d}")
+            model = kept_model(folder, step)
             captions = judges.real[k]["caption"]
             images = model.sample(captions, steps=given.steps, scale=1.0, seed=k * given.n, batch_size=64)
             known[key] = judges.score(images, k)
@@ -296,8 +318,23 @@ def score_all(given: argparse.Namespace) -> None:
                 for k in range(sets):
                     single = {**at, "training seed": seed, "set": k}
                     numbers.append(Measurement("Fréchet excess of a set", scores[f"{step}/{k}"]["excess"], of=single))
+        if variants[0] in PICTURED:
+            picture(variants[0], judges.real[0]["caption"], given)
     about = ABOUT.format(steps=given.steps, n=given.n, sets=sets)
+    numbers = sorted([*numbers, *numbers_of_others(numbers)], key=which)
     measured_here(TITLE, numbers, about, seed=0, command=COMMAND).save(RESULTS)
+
+
+def which(number: Measurement) -> tuple[int, str, int]:
+    """Which run or first stage a number is of; real images come first."""
+    return int(number.of.get("f", 0)), str(number.of.get("regulariser", "")), int(number.of.get("batch", 0))
+
+
+def numbers_of_others(numbers: Sequence[Measurement]) -> list[Measurement]:
+    """What was measured earlier of runs that these numbers are not of."""
+    here = {which(number) for number in numbers}
+    old = load_measurements(RESULTS) if RESULTS.exists() else ()
+    return [number for number in old if which(number) not in here]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ldm_edu.data.images import read_image
 from ldm_edu.measurements import load_measurements
 from ldm_edu.training.recipes import find_recipe
 
@@ -86,6 +87,19 @@ def test_every_kept_model_has_its_numbers(studied):
     real = found.one("colour", set="real")
     assert real.value > 90  # scenes of 32², enlarged, can be read
     assert found.one("PSNR", f=8).value > 5 and not found.of("PSNR", f=1)
+
+
+def test_pictures_show_the_moments_of_each_f(studied):
+    for f, rows in ((1, 2), (8, 2)):
+        shown = read_image(studied / f"compression_f{f}.png")
+        assert shown.size == (32 * compression.SHOWN, 32 * rows)
+
+
+def test_numbers_of_runs_that_are_elsewhere_stay(studied, monkeypatch):
+    found = list(load_measurements(studied / "results.json"))
+    monkeypatch.setattr(compression, "RESULTS", studied / "results.json")
+    of_f1 = [m for m in found if m.of.get("f") == 1]
+    assert of_f1 and compression.numbers_of_others([m for m in found if m.of.get("f") != 1]) == of_f1
 
 
 def test_moments_are_eighths_of_the_run_and_of_the_slowest_one():
