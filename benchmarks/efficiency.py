@@ -8,13 +8,15 @@ with that of its middle block alone.
 Its ratio is explained by counts: positions, operations, bytes that are kept for the backward pass.
 placement: UNets with attention at maps of 32², 16² and 8², as in tables 13 and 14, for f = 1, 4 and 8.
 memory: the peak of each of them above the same process before its first step, every one in a process of its own.
-large: super-resolution by convolution from 64² to 1024², on mosaics of drawn faces.
+large: super-resolution by convolution from 64² to 1024²: the same drawn faces alone and in ever larger mosaics.
 
 A batch has one image of 256² or 16 of 64². What is compared takes turns in one run. Writes
 ldm_edu/results/efficiency.json.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import subprocess
 import sys
@@ -24,8 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from common import QUICK, Pace, given, median, merged, randomised, settled, side_by_side, training_step
+from common import QUICK, Given, Pace, given, median, merged, randomised, settled, side_by_side, training_step
 from torch import Tensor
 
 from ldm_edu.applications import upscale
@@ -126,6 +129,11 @@ def update_of(unet: UNet) -> Callable[[], None]:
     return torch.optim.AdamW(parameters, 1e-5, fused=True).step  # type: ignore[return-value]
 
 
+def trained(unet: UNet, inputs: Given) -> Callable[[], Any]:
+    """One training step."""
+    return training_step(unet, lambda: unet(inputs.x, inputs.t), inputs.noise)
+
+
 def steps_of(network: Network, size: int) -> dict[str, Callable[[], Any]]:
     """What a network does to a batch, by name: a training step and, of it, the update; a prediction; with a first stage
     also encoding and decoding."""
@@ -145,8 +153,7 @@ def steps_of(network: Network, size: int) -> dict[str, Callable[[], Any]]:
         with torch.no_grad():
             return stage.decode(inputs.x)
 
-    train = training_step(unet, lambda: unet(inputs.x, inputs.t), inputs.noise)
-    alone = {"training step": train, "prediction": predict, "update": update_of(unet)}
+    alone = {"training step": trained(unet, inputs), "prediction": predict, "update": update_of(unet)}
     return alone if network.f == 1 else {**alone, "encoding": encode, "decoding": decode}
 
 
@@ -183,7 +190,10 @@ def resident(name: str) -> int:
 
 def peak(network: Network, size: int) -> None:
     """Print the peak of this process above what it holds before its first training step, in bytes."""
-    step = steps_of(network, size)["training step"]
+    unet = network.unet(size)
+    step = trained(unet, given(unet, batch_of(size), size // network.f))
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # memory that is free, but not given back, would be used again unseen
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # the peak begins anew
     before = resident("VmRSS")
     for _ in range(2):
@@ -213,23 +223,32 @@ def mosaic(images: Tensor, across: int) -> Tensor:
     return torch.cat(rows, -2)[None]
 
 
+def faces_in(images: Tensor) -> Tensor:
+    """The other way round, for images (b, 3, h, w): their parts of 64²."""
+    return images.unfold(2, 64, 64).unfold(3, 64, 64).permute(0, 2, 3, 1, 4, 5).reshape(-1, 3, 64, 64)
+
+
 def large(sides: Sequence[int], steps: int) -> list[Measurement]:
-    """One model of 64² on mosaics of faces: seconds of drawing and how near each face is to the true one."""
+    """One model of 64² on mosaics of faces: seconds of drawing one, and how near each face is to the true one."""
     model = LatentDiffusion.from_pretrained("toy-super-resolution")
     data = open_dataset("toy-faces", None, "test", 64, keys=("image", "low_resolution"))
-    numbers = []
+    faces = collate([data[i] for i in range((max(sides) // 64) ** 2)])
+    numbers: list[Measurement] = []
+    alone = None
     for side in sides:
-        across = side // 64
-        batch = collate([data[i] for i in range(across**2)])
-        began = time.perf_counter()
-        drawn = upscale(model, mosaic(batch["low_resolution"], across), steps=steps, seed=0)
-        seconds = time.perf_counter() - began
-        faces = drawn[0].unfold(1, 64, 64).unfold(2, 64, 64).permute(1, 2, 0, 3, 4).reshape(-1, 3, 64, 64)
-        found, of = psnr(faces, batch["image"]), {"piece": "large", "size": side, "steps": steps}
-        numbers.append(Measurement("seconds", seconds, of=of, unit="s"))
-        error = (found.var() / len(found)).sqrt().item() if len(found) > 1 else 0.0
-        numbers.append(Measurement.mean("PSNR of a face", found.mean().item(), error, len(found), of=of, unit="dB"))
-        print(*numbers[-2:], sep="\n", flush=True)
+        across, found, seconds = side // 64, [], []
+        for some, small in zip(faces["image"].split(across**2), faces["low_resolution"].split(across**2)):
+            began = time.perf_counter()
+            drawn = upscale(model, mosaic(small, across), steps=steps, seed=0)
+            seconds.append(time.perf_counter() - began)
+            found.append(psnr(faces_in(drawn), some))
+        decibels, of = torch.cat(found), {"piece": "large", "size": side, "steps": steps}
+        alone = decibels if alone is None else alone
+        numbers.append(Measurement("seconds", float(np.median(seconds)), of=of, unit="s", n=len(seconds)))
+        for name, values in (("PSNR of a face", decibels), ("PSNR lost in the mosaic", alone - decibels)):
+            error = (values.var() / len(values)).sqrt().item() if len(values) > 1 else 0.0
+            numbers.append(Measurement.mean(name, values.mean().item(), error, len(values), of=of, unit="dB"))
+        print(*numbers[-3:], sep="\n", flush=True)
     return numbers
 
 

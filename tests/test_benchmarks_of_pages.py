@@ -128,12 +128,15 @@ def test_ratios_are_those_of_the_seconds_and_costs_those_of_the_networks(monkeyp
     assert ratio.value == pytest.approx(seconds[1] / seconds[4], rel=1.0)  # a median of ratios, not a ratio of medians
 
 
-def test_the_faces_of_a_mosaic_are_compared_one_by_one(monkeypatch):
+def test_the_same_faces_are_compared_alone_and_in_a_mosaic():
     found = efficiency.large([64, 128], steps=2)
-    assert [m.of["size"] for m in found if m.name == "seconds"] == [64, 128]
-    assert [m.n for m in found if m.name == "PSNR of a face"] == [1, 4]
-    x = torch.arange(4.0)[:, None, None, None].expand(4, 3, 2, 2)
-    assert efficiency.mosaic(x, 2)[0, 0].tolist() == [[0, 0, 1, 1], [0, 0, 1, 1], [2, 2, 3, 3], [2, 2, 3, 3]]
+    assert [(m.of["size"], m.n) for m in found if m.name == "seconds"] == [(64, 4), (128, 1)]
+    assert [m.n for m in found if m.name == "PSNR of a face"] == [4, 4]
+    alone, together = (m.value for m in found if m.name == "PSNR of a face")
+    assert [m.value for m in found if m.name == "PSNR lost in the mosaic"] == [0, pytest.approx(alone - together)]
+    x = torch.arange(4.0)[:, None, None, None].expand(4, 3, 64, 64)
+    whole = efficiency.mosaic(x, 2)
+    assert whole[0, 0, ::64, ::64].tolist() == [[0, 1], [2, 3]] and torch.equal(efficiency.faces_in(whole), x)
 
 
 # ---- rescaling.py
